@@ -1,0 +1,161 @@
+"""What is written of a charge: begun and settled, many at once. `charges.py` tells the story around it."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from eci_pay import identifiers
+from eci_pay.answers import Answer
+from eci_pay.batches import BeginResult, BeginStatements, begin, isolated, rounds
+from eci_pay.database import Database, Row, arrays
+from eci_pay.idempotency import KEY_LIFETIME, Claim, is_expired
+from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.requests import CreateRequest
+
+_STATEMENTS = BeginStatements(begin="charge_begin", begun="charge_begun", refused="charge_refused")
+_TAKEN_OVER = (PaymentStatus.FAILED, PaymentStatus.PENDING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChargeBegin:
+    """A payment to be recorded: PROCESSING where a gateway will be asked, else PENDING.
+
+    `takes_over` says whether it may take over a FAILED or PENDING payment of the same order.
+    """
+
+    request: CreateRequest
+    claim: Claim
+    status: PaymentStatus
+    description: str
+    takes_over: bool
+    begin_id: str
+    reference: str
+    at: datetime
+
+    @classmethod
+    def of(
+        cls,
+        request: CreateRequest,
+        claim: Claim,
+        *,
+        status: PaymentStatus,
+        description: str,
+        takes_over: bool,
+        at: datetime,
+    ) -> "ChargeBegin":
+        """With what eci-pay makes up itself: ids, and a reference where the request has none."""
+        return cls(
+            request=request,
+            claim=claim,
+            status=status,
+            description=description,
+            takes_over=takes_over,
+            begin_id=identifiers.transaction_id(at),
+            reference=request.reference or identifiers.reference(),
+            at=at,
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """The parameters of `charge_begin.sql`."""
+        return {
+            "order_id": self.request.order_id,
+            "user_id": self.request.user_id,
+            "amount": self.request.amount,
+            "currency": self.request.currency,
+            "payment_method": self.request.payment_method.value,
+            "reference": self.reference,
+            "begin_id": self.begin_id,
+            "status": self.status.value,
+            "description": self.description,
+            "at": self.at,
+            "idempotency_key": self.claim.value,
+            "caller": self.claim.caller,
+            "request_hash": self.claim.request_hash,
+            "expires_at": self.at + KEY_LIFETIME,
+        }
+
+    def claims(self) -> tuple[Hashable, ...]:
+        """Its order and its key."""
+        order = ("order", self.request.order_id)
+        if self.claim.value is None:
+            return (order,)
+        return (order, ("key", self.claim.value, self.claim.caller))
+
+    def is_free(self, found: Row) -> bool:
+        """Whether neither a live key nor the order's payment stands in the way."""
+        if found["key_id"] is not None and not is_expired(found, self.at):
+            return False
+        return found["payment_id"] is None or self._takes_over(found)
+
+    def _takes_over(self, found: Row) -> bool:
+        both_cod = found["payment_method"] == self.request.payment_method == PaymentMethod.COD
+        waits_for_cash = both_cod and found["status"] == PaymentStatus.PENDING
+        return self.takes_over and found["status"] in _TAKEN_OVER and not waits_for_cash
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChargeSettlement:
+    """The gateway's answer to one attempt, and what its caller is told.
+
+    A settlement that releases its key stores no answer: the next request with the key starts anew.
+    """
+
+    order_id: int
+    payment_id: int
+    attempt: int
+    status: PaymentStatus
+    authorization_code: str | None
+    gateway_response: str | None
+    at: datetime
+    transaction_log_id: int
+    description: str | None
+    key_id: int | None
+    answer: Answer
+    releases_key: bool = False
+
+    def columns(self) -> dict[str, Any]:
+        """The parameters of `charge_settle.sql`."""
+        completed_at = self.at if self.status is PaymentStatus.COMPLETED else None
+        return {
+            "order_id": self.order_id,
+            "payment_id": self.payment_id,
+            "attempt": self.attempt,
+            "status": self.status.value,
+            "authorization_code": self.authorization_code,
+            "gateway_response": self.gateway_response,
+            "completed_at": completed_at,
+            "captured_at": completed_at,
+            "at": self.at,
+            "transaction_log_id": self.transaction_log_id,
+            "description": self.description,
+            "key_id": self.key_id,
+            "response_body": self.answer.body,
+            "status_code": self.answer.status_code,
+            "releases_key": self.releases_key,
+        }
+
+
+async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
+    """Records every row or tells why not, in order. All rows must agree on `takes_over`. Raises Unavailable."""
+    takes_over = {row.takes_over for row in rows}
+    assert len(takes_over) == 1, "creations and charges are separate batches"
+    return await begin(database, _STATEMENTS, rows, {"takes_over": takes_over.pop()})
+
+
+async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -> list[bool | Exception]:
+    """Books every row; tells, in order, whether it was this settlement that changed the payment.
+
+    False means that somebody else settled the attempt before. Raises Unavailable; running it again is safe.
+    """
+
+    async def run(batch: Sequence[ChargeSettlement]) -> list[bool]:
+        found = await database.fetch("charge_settle", arrays([row.columns() for row in batch]))
+        applied = {row["n"] for row in found}
+        return [number in applied for number in range(len(batch))]
+
+    results: dict[int, bool | Exception] = {}
+    for numbers in rounds([(row.payment_id,) for row in rows]):
+        outcome = await isolated([rows[number] for number in numbers], run)
+        results.update(zip(numbers, outcome, strict=True))
+    return [results[number] for number in range(len(rows))]

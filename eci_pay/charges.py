@@ -1,0 +1,303 @@
+"""Use cases that make a payment: charge, and the legacy creation.
+
+A charge has three phases, in this order: *begin* records it as PROCESSING and claims its idempotency key (one
+commit), the *gateway* is asked outside any transaction, and *settle* books the answer and finishes the key (one
+commit). From begin on it runs to its end, whoever stops waiting. Once the gateway was asked, the caller is told
+the outcome, or 202 where it is not known or could not be booked; never that it failed.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import assert_never
+
+from eci_pay import answers, idempotency
+from eci_pay.answers import Answer
+from eci_pay.batches import Begun, Refused
+from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, settle_charges
+from eci_pay.database import Database, Row
+from eci_pay.errors import Conflict, InvalidState, OrderAlreadyPaid, OrderExists, OrderInProgress, Unavailable
+from eci_pay.gateways import Approved, Declined, Gateway, GatewayCharge, Outcome, Unknown
+from eci_pay.idempotency import Claim
+from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.payments import Payments
+from eci_pay.phases import Phases
+from eci_pay.requests import ChargeRequest, CreateRequest
+from eci_pay.views import PaymentView, TransactionView
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """A charge that has begun: what settle needs to know of it."""
+
+    view: PaymentView
+    settle_log_id: int
+    key_id: int | None
+    begun_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Charges:
+    """Both use cases raise ValidationFailed for nothing (their requests are valid), Conflict and its kinds,
+    IdempotencyKeyReused, and Unavailable where nothing was sent."""
+
+    database: Database
+    gateway: Gateway
+    payments: Payments
+    phases: Phases
+    clock: Callable[[], datetime]
+
+    async def charge(self, *, request: ChargeRequest, idempotency_key: str, caller: str = "") -> Answer:
+        """Charges an order once; returns 201, 402 or 202. Cash on delivery asks no gateway and stays PENDING."""
+        claim = Claim.of(idempotency_key, caller, "charge", request)
+        return await self.phases.run_to_end(self._charge(request, claim))
+
+    async def create(
+        self, *, request: CreateRequest, idempotency_key: str | None = None, caller: str = ""
+    ) -> Answer:
+        """Records a PENDING payment without asking a gateway; returns 201."""
+        claim = Claim.of(idempotency_key, caller, "create", request)
+        begin = ChargeBegin.of(
+            request,
+            claim,
+            status=PaymentStatus.PENDING,
+            description="Payment created",
+            takes_over=False,
+            at=self.clock(),
+        )
+        return await self.phases.run_to_end(self._record_pending(begin))
+
+    async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
+        if request.payment_method is PaymentMethod.COD:
+            return await self._record_pending(self._charge_begin(request, claim))
+        attempt = await self._begin(self._charge_begin(request, claim))
+        if isinstance(attempt, Answer):
+            return attempt
+        try:
+            outcome = await self._ask_gateway(attempt, request)
+        except Unavailable as error:
+            await self._give_up(attempt, error)
+            raise
+        return await self._settle(attempt, outcome)
+
+    async def _record_pending(self, begin: ChargeBegin) -> Answer:
+        attempt = await self._begin(begin)
+        if isinstance(attempt, Answer):
+            return attempt
+        return await self.phases.finish(attempt.key_id, answers.created(attempt.view))
+
+    def _charge_begin(self, request: ChargeRequest, claim: Claim) -> ChargeBegin:
+        cash = request.payment_method is PaymentMethod.COD
+        return ChargeBegin.of(
+            request,
+            claim,
+            status=PaymentStatus.PENDING if cash else PaymentStatus.PROCESSING,
+            description="Cash on delivery is awaited" if cash else "Charge begun",
+            takes_over=True,
+            at=self.clock(),
+        )
+
+    async def _begin(self, begin: ChargeBegin) -> Attempt | Answer:
+        """The attempt, or the answer of a key that was used before."""
+        result = (await begin_charges(self.database, [begin]))[0]
+        match result:
+            case Begun(row):
+                return await self._attempt(begin, row)
+            case Refused(row):
+                return await self._refusal(begin, row)
+            case Exception():
+                raise result
+            case _:
+                assert_never(result)
+
+    async def _attempt(self, begin: ChargeBegin, row: Row) -> Attempt:
+        # A payment that was taken over has a history, which only a snapshot younger than begin shows whole.
+        first = row["attempt"] == 1
+        view = _view_of_begin(begin, row) if first else await self.payments.by_id(row["payment_id"])
+        return Attempt(
+            view=view, settle_log_id=row["settle_log_id"], key_id=row["key_id"], begun_at=begin.at
+        )
+
+    async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
+        """The recorded answer of a live key; raises what else stands in the way."""
+        if found["key_id"] is None or idempotency.is_expired(found, begin.at):
+            raise _order_conflict(begin, found)
+        if answer := idempotency.recorded_answer(found, begin.claim):
+            return answer
+        view = await self.payments.by_id(found["key_payment_id"])
+        if view.status is not PaymentStatus.PROCESSING:
+            return await self.phases.finish(found["key_id"], _answer_of(view, begin))
+        if idempotency.is_marked_unknown(found):
+            return answers.unknown(view)
+        raise idempotency.refuse_in_flight(view.payment_id)
+
+    async def _ask_gateway(self, attempt: Attempt, request: ChargeRequest) -> Outcome:
+        token = request.payment_token
+        charge = GatewayCharge(
+            key=charge_key(attempt.view.transaction_id, attempt.view.attempt),
+            amount=request.amount,
+            currency=request.currency,
+            payment_method=request.payment_method.value,
+            payment_token=token.get_secret_value() if token else None,
+        )
+        return await self.phases.ask(lambda: self.gateway.charge(charge), begun_at=attempt.begun_at)
+
+    async def _settle(self, attempt: Attempt, outcome: Outcome) -> Answer:
+        answer = None
+        if not isinstance(outcome, Unknown):
+            settlement = _settlement(attempt, outcome, self.clock())
+            answer = await self.phases.book(lambda: self._book(attempt, settlement))
+        if answer is None:
+            await self.phases.mark_unknown(attempt.key_id)
+            return answers.unknown(attempt.view)
+        return answer
+
+    async def _book(self, attempt: Attempt, settlement: ChargeSettlement) -> Answer:
+        applied = (await settle_charges(self.database, [settlement]))[0]
+        if isinstance(applied, Exception):
+            raise applied
+        if applied:
+            return settlement.answer
+        return await self._settled_by_another(attempt)
+
+    async def _settled_by_another(self, attempt: Attempt) -> Answer:
+        """What was recorded for this attempt, by an earlier try of ours or by somebody else."""
+        stored = attempt.key_id and await idempotency.read_answer(self.database, attempt.key_id)
+        return stored or answers.unknown(await self.payments.by_id(attempt.view.payment_id))
+
+    async def _give_up(self, attempt: Attempt, error: Unavailable) -> None:
+        """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
+        declined = Declined(code="not_sent", message=error.detail)
+        settlement = _settlement(attempt, declined, self.clock(), releases_key=True)
+        try:
+            await settle_charges(self.database, [settlement])
+        except Unavailable:
+            _log.warning("payment %d was not sent and stays PROCESSING", attempt.view.payment_id)
+
+
+def charge_key(transaction_id: str, attempt: int) -> str:
+    """The key that the gateway is given for an attempt: ours, never the client's."""
+    return f"{transaction_id}-{attempt}"
+
+
+def _order_conflict(begin: ChargeBegin, found: Row) -> Conflict:
+    order_id, payment_id, status = begin.request.order_id, found["payment_id"], found["status"]
+    if not begin.takes_over:
+        return OrderExists(f"order {order_id} has payment {payment_id} ({status})", payment_id=payment_id)
+    match PaymentStatus(status):
+        case PaymentStatus.COMPLETED | PaymentStatus.REFUNDED:
+            return OrderAlreadyPaid(f"order {order_id} is {status.lower()}", payment_id=payment_id)
+        case PaymentStatus.CANCELLED:
+            return InvalidState(f"the payment of order {order_id} was cancelled", payment_id=payment_id)
+        case PaymentStatus.PENDING:
+            return OrderInProgress(f"order {order_id} awaits cash on delivery", payment_id=payment_id)
+        case _:
+            return OrderInProgress(f"a charge of order {order_id} is under way", payment_id=payment_id)
+
+
+def _answer_of(view: PaymentView, begin: ChargeBegin) -> Answer:
+    """The answer to a request whose key was left unfinished, by what has become of its payment."""
+    if view.status is PaymentStatus.FAILED and begin.status is PaymentStatus.PROCESSING:
+        return answers.declined(
+            operation="payment",
+            payment_id=view.payment_id,
+            decline_code="declined",
+            message=view.gateway_response or "The payment failed.",
+        )
+    return answers.created(view)
+
+
+def _settlement(
+    attempt: Attempt, outcome: Approved | Declined, at: datetime, *, releases_key: bool = False
+) -> ChargeSettlement:
+    view = attempt.view
+    if isinstance(outcome, Approved):
+        settled = _approved_view(attempt, outcome, at)
+        answer = answers.created(settled)
+        description = settled.transactions[-1].description
+    else:
+        settled = view.model_copy(
+            update={
+                "status": PaymentStatus.FAILED,
+                "gateway_response": f"{outcome.code}: {outcome.message}",
+            }
+        )
+        answer = answers.declined(
+            operation="payment", payment_id=view.payment_id, decline_code=outcome.code, message=outcome.message
+        )
+        description = f"Charge failed: {outcome.code}"
+    return ChargeSettlement(
+        order_id=view.order_id,
+        payment_id=view.payment_id,
+        attempt=view.attempt,
+        status=settled.status,
+        authorization_code=settled.authorization_code,
+        gateway_response=settled.gateway_response,
+        at=at,
+        transaction_log_id=attempt.settle_log_id,
+        description=description,
+        key_id=attempt.key_id,
+        answer=answer,
+        releases_key=releases_key,
+    )
+
+
+def _view_of_begin(begin: ChargeBegin, row: Row) -> PaymentView:
+    """The payment as a first attempt's begin wrote it."""
+    request = begin.request
+    begun = TransactionView(
+        transaction_log_id=row["begin_log_id"],
+        transaction_type="PAYMENT",
+        amount=request.amount,
+        status=begin.status.value,
+        description=begin.description,
+        created_at=begin.at,
+    )
+    return PaymentView(
+        payment_id=row["payment_id"],
+        order_id=request.order_id,
+        user_id=request.user_id,
+        amount=request.amount,
+        currency=request.currency,
+        payment_method=request.payment_method,
+        status=begin.status,
+        transaction_id=row["transaction_id"],
+        reference=begin.reference,
+        authorization_code=None,
+        gateway_response=None,
+        created_at=begin.at,
+        updated_at=begin.at,
+        completed_at=None,
+        captured_at=None,
+        attempt=row["attempt"],
+        refunded_amount=Decimal(0),
+        refund_pending=Decimal(0),
+        transactions=(begun,),
+    )
+
+
+def _approved_view(attempt: Attempt, outcome: Approved, at: datetime) -> PaymentView:
+    """The payment as settle writes it: what the answer shows is built before it is committed with the answer."""
+    settled = TransactionView(
+        transaction_log_id=attempt.settle_log_id,
+        transaction_type="PAYMENT",
+        amount=attempt.view.amount,
+        status=PaymentStatus.COMPLETED.value,
+        description=f"Charge approved: {outcome.reference}",
+        created_at=at,
+    )
+    return attempt.view.model_copy(
+        update={
+            "status": PaymentStatus.COMPLETED,
+            "authorization_code": outcome.reference,
+            "gateway_response": outcome.message,
+            "updated_at": at,
+            "completed_at": at,
+            "captured_at": at,
+            "transactions": (*attempt.view.transactions, settled),
+        }
+    )

@@ -1,0 +1,211 @@
+"""The pool of connections to PostgreSQL, bounded retries, and the translation of driver errors.
+
+Connections are in autocommit: a single statement is a transaction of its own and costs one round trip. Nothing
+is kept in a session between statements, so it works behind a pooler in transaction mode.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, errors, sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.numeric import Int8
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from eci_pay.errors import ConnectionLost, SchemaOutdated, Unavailable
+from eci_pay.settings import Settings
+from eci_pay.statements import statement
+
+T = TypeVar("T")
+Row = DictRow
+Connection = AsyncConnection[DictRow]
+Params = Mapping[str, Any]
+
+CONNECT_TIMEOUT_SECONDS = 5
+CONFLICT_TRIES_MAX = 6
+"""How often a transaction is run before its serialization failures or deadlocks are passed on."""
+READ_TRIES_MAX = 3
+"""How often a read is run before the loss of its connection is passed on."""
+
+_CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+_BUSY = (errors.LockNotAvailable, errors.QueryCanceled)
+_SCHEMA = (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction)
+_OUT_OF_ORDER = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+
+
+class Database:
+    """One pool of one process. Every method raises Unavailable where the database cannot be reached."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            connection_info(url, settings),
+            connection_class=AsyncConnection[DictRow],
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "prepare_threshold": 5 if settings.eci_pay_prepare_statements else None,
+            },
+            min_size=1,
+            max_size=settings.eci_pay_database_pool_size,
+            timeout=settings.eci_pay_database_pool_timeout_seconds,
+            max_waiting=settings.eci_pay_database_queue_max,
+            # Its back-off doubles without a bound, so a long one would sleep through the database's return.
+            reconnect_timeout=settings.eci_pay_database_pool_timeout_seconds,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        """Makes the first connection in the background; an unreachable database shows at the first use."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._pool.close()
+
+    async def fetch(self, name: str, params: Params | None = None) -> list[Row]:
+        """Runs one named statement as a transaction of its own; ConnectionLost leaves open whether it committed."""
+
+        async def run(connection: Connection) -> list[Row]:
+            return await fetch(connection, name, params)
+
+        return await self._retried(run)
+
+    async def read(self, name: str, params: Params | None = None) -> list[Row]:
+        """Runs one named statement that writes nothing, again on another connection where one is lost."""
+        return await self._repeated(lambda: self.fetch(name, params))
+
+    async def read_text(self, text: str, params: Params) -> list[Row]:
+        """Runs a SELECT that was composed by SQLAlchemy, as `read` does."""
+
+        async def run(connection: Connection) -> list[Row]:
+            cursor = await connection.execute(text.encode(), params)
+            return await cursor.fetchall()
+
+        return await self._repeated(lambda: self._retried(run))
+
+    async def transaction(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Runs `work` in one transaction, from its start again after a conflict."""
+
+        async def run(connection: Connection) -> T:
+            async with connection.transaction():
+                return await work(connection)
+
+        return await self._retried(run)
+
+    async def _repeated(self, read: Callable[[], Awaitable[T]]) -> T:
+        for _ in range(READ_TRIES_MAX - 1):
+            try:
+                return await read()
+            except ConnectionLost:
+                continue
+        return await read()
+
+    async def _retried(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        try:
+            return await self._run(work)
+        except _CONFLICTS:
+            retrying = AsyncRetrying(
+                retry=retry_if_exception_type(_CONFLICTS),
+                stop=stop_after_attempt(CONFLICT_TRIES_MAX - 1),
+                wait=wait_random_exponential(multiplier=0.01, max=0.5),
+                reraise=True,
+            )
+            try:
+                return await retrying(self._run, work)
+            except _CONFLICTS as error:
+                raise Unavailable(f"the database is too contended: {error}") from error
+
+    async def _run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        try:
+            connection = await self._pool.getconn()
+        except (PoolTimeout, TooManyRequests, PoolClosed) as error:
+            raise Unavailable(f"the database cannot be reached: {error}") from error
+        try:
+            return await work(connection)
+        except _CONFLICTS:
+            raise
+        except _BUSY as error:
+            raise Unavailable(f"the database is busy: {error}") from error
+        except _SCHEMA as error:
+            raise SchemaOutdated(f"{_first_line(error)}: run `eci-pay migrate`") from error
+        except _OUT_OF_ORDER as error:
+            if connection.broken or connection.closed:
+                await self._pool.check()  # after a restart of the database the others are gone as well
+                raise ConnectionLost(f"the connection to the database was lost: {_first_line(error)}") from error
+            raise Unavailable(f"the database refuses: {_first_line(error)}") from error
+        finally:
+            await self._pool.putconn(connection)
+
+
+async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:
+    """Runs one named statement on a connection, inside whatever transaction is open on it."""
+    cursor = await connection.execute(statement(name), params)
+    return await cursor.fetchall() if cursor.description else []
+
+
+def arrays(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows as one array per column, for `unnest`, with their number as column `n`.
+
+    Integers are wrapped, for psycopg would else choose the array type by the values and prepare one statement
+    several times.
+    """
+    columns = {name: [_wrapped(row[name]) for row in rows] for name in rows[0]}
+    return {"n": [Int8(n) for n in range(len(rows))], **columns}
+
+
+def _wrapped(value: Any) -> Any:
+    return Int8(value) if type(value) is int else value
+
+
+def connection_info(url: str, settings: Settings) -> str:
+    """The connection string: the URL, with the bounds that the settings give where the URL gives none."""
+    limits = {
+        "lock_timeout": settings.eci_pay_lock_timeout_seconds,
+        "statement_timeout": settings.eci_pay_statement_timeout_seconds,
+    }
+    options = " ".join(f"-c {name}={round(value * 1000)}" for name, value in limits.items() if value)
+    defaults: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "application_name": settings.service_name,
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 30_000,
+    }
+    if options:
+        defaults["options"] = options
+    return make_conninfo("", **{**defaults, **conninfo_to_dict(url)})
+
+
+async def connect(url: str) -> Connection:
+    """A connection beside the pool, for migrations; raises Unavailable."""
+    info = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **conninfo_to_dict(url)}
+    try:
+        return await AsyncConnection[DictRow].connect(
+            make_conninfo("", **info), autocommit=True, row_factory=dict_row
+        )
+    except psycopg.OperationalError as error:
+        raise Unavailable(f"the database cannot be reached: {_first_line(error)}") from error
+
+
+async def create_database(url: str, name: str) -> str:
+    """Creates an empty database beside the one that `url` names; returns its URL."""
+    async with await connect(url) as connection:
+        try:
+            await connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        except psycopg.Error as error:
+            raise Unavailable(f"database {name} cannot be created: {_first_line(error)}") from error
+    return make_conninfo(url, dbname=name)
+
+
+async def drop_database(url: str, name: str) -> None:
+    """Drops a database of `create_database`, whoever is connected to it."""
+    async with await connect(url) as connection:
+        await connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

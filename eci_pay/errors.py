@@ -1,0 +1,188 @@
+"""The error tree. Each error has a stable `code`; status and exit codes belong to the edges.
+
+PayError
+├── InvalidRequest
+│   ├── MalformedJson
+│   ├── ValidationFailed            carries one `FieldError` per field
+│   ├── IdempotencyKeyMissing
+│   ├── IdempotencyKeyInvalid
+│   └── IdempotencyKeyReused
+├── PaymentNotFound
+├── Conflict                        carries the `payment_id` it is about, where there is one
+│   ├── OrderInProgress
+│   ├── OrderAlreadyPaid
+│   ├── OrderExists
+│   ├── InvalidState
+│   ├── RefundExceedsBalance
+│   └── IdempotencyKeyInFlight
+├── Unavailable                     nothing was sent to the gateway
+│   ├── ConnectionLost              the statement under way may have been committed
+│   └── SchemaOutdated
+├── SettingsInvalid                 carries one line per fault
+└── MigrationError
+
+A decline is no error: it is a recorded answer (`eci_pay.answers`).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class PayError(Exception):
+    """Payment error"""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail or self.title())
+        self.detail = str(self)
+
+    @classmethod
+    def title(cls) -> str:
+        """What kind of error this is, the same for every occurrence (RFC 9457): the class's docstring."""
+        return cls.__doc__ or cls.__name__
+
+    def members(self) -> dict[str, object]:
+        """The facts beside the detail, as extension members of a problem document."""
+        return {}
+
+
+class InvalidRequest(PayError):
+    """The request is not valid"""
+
+    code = "invalid-request"
+
+
+class MalformedJson(InvalidRequest):
+    """The body is not valid JSON"""
+
+    code = "malformed-json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldError:
+    """One fault of one field; `field` is empty where the fault is the whole request's."""
+
+    field: str
+    message: str
+
+
+class ValidationFailed(InvalidRequest):
+    """The request has invalid fields"""
+
+    code = "validation-error"
+
+    def __init__(self, errors: tuple[FieldError, ...]) -> None:
+        self.errors = errors
+        super().__init__("; ".join(f"{e.field}: {e.message}" if e.field else e.message for e in errors))
+
+    @classmethod
+    def of(cls, field: str, message: str) -> "ValidationFailed":
+        """The fault of a single field."""
+        return cls((FieldError(field=field, message=message),))
+
+    def members(self) -> dict[str, object]:
+        return {"errors": [{"field": e.field, "message": e.message} for e in self.errors]}
+
+
+class IdempotencyKeyMissing(InvalidRequest):
+    """An Idempotency-Key is required"""
+
+    code = "idempotency-key-missing"
+
+
+class IdempotencyKeyInvalid(InvalidRequest):
+    """The Idempotency-Key is not valid"""
+
+    code = "idempotency-key-invalid"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """The Idempotency-Key was used with a different request"""
+
+    code = "idempotency-key-reused"
+
+
+class PaymentNotFound(PayError):
+    """There is no such payment"""
+
+    code = "payment-not-found"
+
+
+class Conflict(PayError):
+    """The request conflicts with the state of the payment"""
+
+    code = "conflict"
+
+    def __init__(self, detail: str | None = None, *, payment_id: int | None = None) -> None:
+        super().__init__(detail)
+        self.payment_id = payment_id
+
+    def members(self) -> dict[str, object]:
+        return {} if self.payment_id is None else {"payment_id": self.payment_id}
+
+
+class OrderInProgress(Conflict):
+    """A payment for this order is in progress"""
+
+    code = "order-in-progress"
+
+
+class OrderAlreadyPaid(Conflict):
+    """This order has been paid"""
+
+    code = "order-already-paid"
+
+
+class OrderExists(Conflict):
+    """This order has a payment"""
+
+    code = "order-exists"
+
+
+class InvalidState(Conflict):
+    """The payment's status does not allow this"""
+
+    code = "invalid-state"
+
+
+class RefundExceedsBalance(Conflict):
+    """The refund exceeds what is left of the payment"""
+
+    code = "refund-exceeds-balance"
+
+
+class IdempotencyKeyInFlight(Conflict):
+    """The first request with this Idempotency-Key is still running"""
+
+    code = "idempotency-key-in-flight"
+
+
+class Unavailable(PayError):
+    """The service is unavailable; nothing was sent, so it is safe to try again"""
+
+    code = "unavailable"
+
+
+class ConnectionLost(Unavailable):
+    """The connection to the database was lost"""
+
+
+class SchemaOutdated(Unavailable):
+    """The database lacks migrations: run `eci-pay migrate`"""
+
+
+class SettingsInvalid(PayError):
+    """The settings are not valid"""
+
+    code = "settings-invalid"
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+
+class MigrationError(PayError):
+    """The database cannot be migrated"""
+
+    code = "migration-error"

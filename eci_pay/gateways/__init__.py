@@ -1,0 +1,82 @@
+"""The gateway: whoever moves the money. What eci-pay asks of one, and what it may answer.
+
+A gateway is given a key of ours with every operation and acts at most once per key. A timeout, or a server error
+after the request was sent, is `Unknown` and never a decline: the gateway may have acted.
+"""
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Protocol
+
+
+class GatewayUnavailable(Exception):
+    """The gateway was not reached: it is certain that nothing was sent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayCharge:
+    """A charge as the gateway sees it; `amount` in major units."""
+
+    key: str
+    amount: Decimal
+    currency: str
+    payment_method: str
+    payment_token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayRefund:
+    """A refund as the gateway sees it, of the charge with `charge_key`."""
+
+    key: str
+    charge_key: str
+    amount: Decimal
+    currency: str
+    payment_method: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Approved:
+    """The gateway acted. `reference` is its own name for what it did."""
+
+    reference: str
+    message: str = "Approved"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Declined:
+    """The gateway refused and will not act on this key; `code` is stable, `message` is for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unknown:
+    """The gateway may or may not have acted."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotFound:
+    """The gateway has never heard of this key; only a lookup says so."""
+
+
+Outcome = Approved | Declined | Unknown
+
+
+class Gateway(Protocol):
+    """What eci-pay needs of a gateway. Operations raise GatewayUnavailable where nothing was sent."""
+
+    async def charge(self, charge: GatewayCharge) -> Outcome:
+        """Takes the money."""
+
+    async def refund(self, refund: GatewayRefund) -> Outcome:
+        """Gives money back."""
+
+    async def lookup(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
+        """Tells what became of an operation."""
+
+    async def close(self) -> None:
+        """Lets go of connections."""

@@ -1,0 +1,189 @@
+"""The tables as SQLModel describes them. The migrations make them; a test proves that both say the same."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Text, UniqueConstraint, text
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlmodel import Field, SQLModel
+
+
+def _id() -> Any:
+    return Field(
+        default=None, primary_key=True, sa_type=BigInteger, sa_column_args=(Identity(always=True),)
+    )
+
+
+def _payment_id(**options: Any) -> Any:
+    return Field(sa_type=BigInteger, foreign_key="payments.payment_id", **options)
+
+
+def _money(default: str | None = None) -> Any:
+    if default is None:
+        return Field(max_digits=10, decimal_places=2)
+    return Field(
+        default=Decimal(default),
+        max_digits=10,
+        decimal_places=2,
+        sa_column_kwargs={"server_default": text(default)},
+    )
+
+
+def _instant() -> Any:
+    return Field(sa_type=TIMESTAMP(timezone=True), sa_column_kwargs={"server_default": text("now()")})
+
+
+def _instant_or_none() -> Any:
+    return Field(default=None, sa_type=TIMESTAMP(timezone=True), nullable=True)
+
+
+class Payment(SQLModel, table=True):
+    """One row per order, for its whole life."""
+
+    __tablename__ = "payments"
+    __table_args__ = (
+        UniqueConstraint("order_id", name="idx_payments_order_id"),
+        UniqueConstraint("transaction_id", name="idx_payments_transaction_id"),
+        Index("idx_payments_user_id", "user_id"),
+        Index("idx_payments_status", "status"),
+        Index("idx_payments_reference", "reference"),
+        CheckConstraint("order_id > 0", name="payments_order_id_positive"),
+        CheckConstraint("user_id > 0", name="payments_user_id_positive"),
+        CheckConstraint("amount > 0", name="payments_amount_positive"),
+        CheckConstraint(
+            "payment_method IN ('CREDIT_CARD', 'DEBIT_CARD', 'UPI', 'NET_BANKING', 'WALLET', 'COD')",
+            name="payments_method_known",
+        ),
+        CheckConstraint(
+            "status IN ('PENDING', 'PROCESSING', 'COMPLETED', 'FAILED', 'CANCELLED', 'REFUNDED')",
+            name="payments_status_known",
+        ),
+        CheckConstraint("attempt > 0", name="payments_attempt_positive"),
+        CheckConstraint("refunded_amount BETWEEN 0 AND amount", name="payments_refund_within_capture"),
+        CheckConstraint("refund_pending BETWEEN 0 AND refunded_amount", name="payments_pending_within_refund"),
+        CheckConstraint(
+            "refunded_amount = 0 OR status IN ('COMPLETED', 'REFUNDED')", name="payments_refund_of_completed"
+        ),
+        CheckConstraint(
+            "status <> 'REFUNDED' OR (refunded_amount = amount AND refund_pending = 0)",
+            name="payments_refunded_in_full",
+        ),
+    )
+
+    payment_id: int | None = _id()
+    order_id: int = Field(sa_type=BigInteger)
+    user_id: int = Field(sa_type=BigInteger)
+    amount: Decimal = _money()
+    currency: str = Field(default="INR", max_length=3, sa_column_kwargs={"server_default": "INR"})
+    payment_method: str = Field(max_length=20)
+    status: str = Field(default="PENDING", max_length=20, sa_column_kwargs={"server_default": "PENDING"})
+    transaction_id: str = Field(max_length=50)
+    reference: str | None = Field(default=None, max_length=100)
+    authorization_code: str | None = Field(default=None, max_length=50)
+    gateway_response: str | None = Field(default=None, max_length=500)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    completed_at: datetime | None = _instant_or_none()
+    captured_at: datetime | None = _instant_or_none()
+    attempt: int = Field(default=1, sa_column_kwargs={"server_default": text("1")})
+    begin_id: str | None = Field(default=None, max_length=50)
+    refunded_amount: Decimal = _money("0")
+    refund_pending: Decimal = _money("0")
+
+
+class Transaction(SQLModel, table=True):
+    """The audit trail: append-only."""
+
+    __tablename__ = "transactions"
+    __table_args__ = (
+        Index("idx_transactions_payment_id", "payment_id"),
+        CheckConstraint("transaction_type IN ('PAYMENT', 'REFUND')", name="transactions_type_known"),
+        CheckConstraint("amount > 0", name="transactions_amount_positive"),
+        CheckConstraint(
+            "CASE transaction_type WHEN 'PAYMENT' THEN"
+            " status IN ('PENDING', 'PROCESSING', 'COMPLETED', 'FAILED', 'CANCELLED', 'REFUNDED')"
+            " ELSE status IN ('PROCESSING', 'REFUNDED', 'FAILED') END",
+            name="transactions_status_known",
+        ),
+    )
+
+    transaction_log_id: int | None = _id()
+    payment_id: int = _payment_id()
+    transaction_type: str = Field(max_length=20)
+    amount: Decimal = _money()
+    status: str = Field(max_length=20)
+    description: str | None = Field(default=None, max_length=500)
+    created_at: datetime = _instant()
+
+
+class Refund(SQLModel, table=True):
+    """A refund reserves its amount on the payment while it is PROCESSING."""
+
+    __tablename__ = "refunds"
+    __table_args__ = (
+        Index("idx_refunds_payment_id", "payment_id"),
+        CheckConstraint("amount > 0", name="refunds_amount_positive"),
+        CheckConstraint("status IN ('PROCESSING', 'COMPLETED', 'FAILED')", name="refunds_status_known"),
+    )
+
+    refund_id: int | None = _id()
+    payment_id: int = _payment_id()
+    amount: Decimal = _money()
+    reason: str = Field(max_length=400)
+    status: str = Field(max_length=20)
+    gateway_reference: str | None = Field(default=None, max_length=100)
+    gateway_response: str | None = Field(default=None, max_length=500)
+    begin_id: str | None = Field(default=None, max_length=50)
+    created_at: datetime = _instant()
+    updated_at: datetime = _instant()
+    completed_at: datetime | None = _instant_or_none()
+
+
+class IdempotencyKey(SQLModel, table=True):
+    """A key without a response is unfinished and never expires."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        UniqueConstraint("idempotency_key", "caller", name="idx_idempotency_key"),
+        Index("idx_idempotency_expires", "expires_at"),
+        CheckConstraint(
+            "response_body IS NULL OR status_code IS NOT NULL", name="idempotency_keys_response_has_status"
+        ),
+    )
+
+    id: int | None = _id()
+    idempotency_key: str = Field(max_length=255)
+    caller: str = Field(default="", max_length=255, sa_column_kwargs={"server_default": ""})
+    payment_id: int | None = _payment_id(default=None, nullable=True)
+    refund_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="refunds.refund_id")
+    request_hash: str = Field(max_length=64)
+    response_body: str | None = Field(default=None, sa_type=Text)
+    status_code: int | None = None
+    created_at: datetime = _instant()
+    expires_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+
+
+class OutboxMessage(SQLModel, table=True):
+    """A message to another service, written in the transaction of the change that it tells of."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (
+        UniqueConstraint("payment_id", "sequence", name="idx_outbox_payment_sequence"),
+        CheckConstraint("sequence > 0", name="outbox_sequence_positive"),
+        CheckConstraint("attempts >= 0", name="outbox_attempts_not_negative"),
+        CheckConstraint("delivered_at IS NULL OR dead_at IS NULL", name="outbox_delivered_or_dead"),
+    )
+
+    message_id: int | None = _id()
+    payment_id: int = _payment_id()
+    sequence: int
+    destination: str = Field(max_length=20)
+    event: str = Field(max_length=50)
+    payload: dict[str, Any] = Field(sa_type=JSONB)
+    attempts: int = Field(default=0, sa_column_kwargs={"server_default": text("0")})
+    created_at: datetime = _instant()
+    next_attempt_at: datetime = _instant()
+    delivered_at: datetime | None = _instant_or_none()
+    dead_at: datetime | None = _instant_or_none()
+    last_error: str | None = Field(default=None, max_length=500)

@@ -1,0 +1,84 @@
+"""Reads of payments: by id, by order, by transaction, and filtered pages."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from psycopg.types.numeric import Int8
+
+from eci_pay.database import Connection, Database, Row, fetch
+from eci_pay.errors import PaymentNotFound
+from eci_pay.requests import TRANSACTION_ID_LENGTH_MAX, ListRequest
+from eci_pay.views import PaymentPage, PaymentView
+
+if TYPE_CHECKING:
+    from sqlalchemy.sql import ClauseElement
+
+TOTAL_MAX = 10_000
+"""How far a list counts: beyond, its total is this and not exact."""
+
+
+class Payments:
+    """Every method raises PaymentNotFound where one payment is asked for, and Unavailable."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def by_id(self, payment_id: int | None) -> PaymentView:
+        """The payment with this id; None is the id of no payment."""
+        rows = [] if payment_id is None else await self._database.read("payments_by_id", _ids(payment_id))
+        if not rows:
+            raise PaymentNotFound(f"there is no payment {payment_id or 'with this id'}")
+        return PaymentView.of_row(rows[0])
+
+    async def by_order(self, order_id: int | None) -> PaymentView:
+        """The one payment of an order."""
+        found = await self._located("payment_id_of_order", {"order_id": order_id})
+        if found is None:
+            raise PaymentNotFound(f"order {order_id or 'with this id'} has no payment")
+        return await self.by_id(found)
+
+    async def by_transaction(self, transaction_id: str) -> PaymentView:
+        """The payment with this `transaction_id`."""
+        possible = transaction_id.isascii() and len(transaction_id) <= TRANSACTION_ID_LENGTH_MAX
+        found = None
+        if possible and "\0" not in transaction_id:
+            found = await self._located("payment_id_of_transaction", {"transaction_id": transaction_id})
+        if found is None:
+            raise PaymentNotFound("there is no payment with this transaction_id")
+        return await self.by_id(found)
+
+    async def page(self, request: ListRequest) -> PaymentPage:
+        """One page of payments, newest first, without their histories."""
+        from eci_pay.listing import count_statement, page_statement
+
+        counted = await self._select(count_statement(request, TOTAL_MAX + 1))
+        found = await self._select(page_statement(request))
+        views = tuple(PaymentView.of_row(row) for row in found[: request.page_size])
+        total = int(counted[0]["total"])
+        return PaymentPage(
+            total=min(total, TOTAL_MAX),
+            total_is_exact=total <= TOTAL_MAX,
+            page=None if request.cursor is not None else request.page or 1,
+            page_size=request.page_size,
+            payments=views,
+            next_cursor=str(views[-1].payment_id) if len(found) > request.page_size else None,
+        )
+
+    async def _located(self, name: str, params: Mapping[str, Any]) -> int | None:
+        rows = await self._database.read(name, params)
+        return int(rows[0]["payment_id"]) if rows else None
+
+    async def _select(self, statement: "ClauseElement") -> list[Row]:
+        from eci_pay.listing import compiled
+
+        return await self._database.read_text(*compiled(statement))
+
+
+async def views_of(connection: Connection, payment_ids: list[int]) -> dict[int, PaymentView]:
+    """Payments as they stand inside the transaction of the connection."""
+    rows = await fetch(connection, "payments_by_id", _ids(*payment_ids))
+    return {row["payment_id"]: PaymentView.of_row(row) for row in rows}
+
+
+def _ids(*payment_ids: int) -> dict[str, list[int]]:
+    return {"payment_id": [Int8(payment_id) for payment_id in payment_ids]}

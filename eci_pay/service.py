@@ -1,0 +1,123 @@
+"""The composition root: one PaymentService per process, built once from the settings."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from eci_pay.charges import Charges
+from eci_pay.database import Database
+from eci_pay.embedded import embedded_url
+from eci_pay.errors import Unavailable
+from eci_pay.gateways import Gateway
+from eci_pay.gateways.simulated import SimulatedGateway
+from eci_pay.idempotency import KeyExpiry
+from eci_pay.migrations import bundled_migrations, check_schema, migrate
+from eci_pay.payments import Payments
+from eci_pay.phases import Phases
+from eci_pay.refunds import Refunds
+from eci_pay.settings import Settings
+from eci_pay.status_changes import StatusChanges
+
+Clock = Callable[[], datetime]
+
+_log = logging.getLogger(__name__)
+
+
+def system_clock() -> datetime:
+    """Now, in UTC."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaymentService:
+    """The use cases, by resource, over one pool and one gateway."""
+
+    charges: Charges
+    refunds: Refunds
+    status_changes: StatusChanges
+    payments: Payments
+    keys: KeyExpiry
+    database: Database
+    clock: Clock
+
+    async def check_ready(self) -> None:
+        """Raises Unavailable where the database does not answer."""
+        await self.database.read("ping")
+
+    async def expire_keys_forever(self, interval_seconds: float) -> None:
+        """Deletes expired keys now and then, until it is cancelled."""
+        while True:
+            try:
+                deleted = await self.keys.delete()
+                if deleted:
+                    _log.info("deleted %d expired idempotency keys", deleted)
+            except Unavailable as error:
+                _log.warning("expired idempotency keys stay for now: %s", error)
+            await asyncio.sleep(interval_seconds)
+
+
+async def open_database(settings: Settings) -> str:
+    """The URL of the books, with a schema that this release can work on.
+
+    The embedded database is migrated here, because nobody else does; a database of the operator's is only checked.
+    Raises Unavailable, SchemaOutdated among it, and MigrationError.
+    """
+    url = await database_url(settings)
+    migrations = bundled_migrations()
+    if settings.database_url is None:
+        await migrate(url, migrations)
+    for newer in await check_schema(url, migrations):
+        _log.warning("%s: the schema is newer than this release", newer)
+    return url
+
+
+async def database_url(settings: Settings) -> str:
+    """DATABASE_URL, or the URL of the embedded server, which is started."""
+    if settings.database_url is not None:
+        return settings.database_url.get_secret_value()
+    return await asyncio.to_thread(embedded_url, settings.embedded_data_dir())
+
+
+@asynccontextmanager
+async def payment_service(
+    settings: Settings, url: str, *, gateway: Gateway | None = None, clock: Clock = system_clock
+) -> AsyncIterator[PaymentService]:
+    """The service over the database at `url`; at its end, it waits for what has begun."""
+    database = Database(url, settings)
+    gateway = gateway or _gateway(settings)
+    payments = Payments(database)
+    phases = Phases(
+        database=database,
+        clock=clock,
+        send_deadline=timedelta(seconds=settings.eci_pay_send_deadline_seconds),
+        settle_retry_seconds=settings.eci_pay_settle_retry_seconds,
+    )
+    await database.open()
+    try:
+        yield PaymentService(
+            charges=Charges(
+                database=database, gateway=gateway, payments=payments, phases=phases, clock=clock
+            ),
+            refunds=Refunds(
+                database=database, gateway=gateway, payments=payments, phases=phases, clock=clock
+            ),
+            status_changes=StatusChanges(database=database, clock=clock),
+            payments=payments,
+            keys=KeyExpiry(database, clock),
+            database=database,
+            clock=clock,
+        )
+    finally:
+        await phases.drain()
+        await gateway.close()
+        await database.close()
+
+
+def _gateway(settings: Settings) -> Gateway:
+    return SimulatedGateway(
+        latency_seconds=settings.eci_pay_simulated_latency_seconds,
+        slow_seconds=settings.eci_pay_simulated_slow_seconds,
+    )

@@ -1,0 +1,97 @@
+"""Settings: the environment, validated once into one frozen object."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AfterValidator, Field, PositiveFloat, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from typing_extensions import Annotated
+
+from eci_pay.errors import SettingsInvalid
+
+_SCHEMES = ("postgresql://", "postgres://")
+_DRIVER_SCHEME = "postgresql+psycopg://"
+
+
+def _database_url(secret: SecretStr) -> SecretStr:
+    """A URL that libpq reads; SQLAlchemy's spelling of the same is accepted too."""
+    url = secret.get_secret_value()
+    if url.startswith(_DRIVER_SCHEME):
+        url = "postgresql://" + url.removeprefix(_DRIVER_SCHEME)
+    if not url.startswith(_SCHEMES):
+        raise ValueError("must start with postgresql://")
+    return SecretStr(url)
+
+
+Seconds = PositiveFloat
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+
+
+class Settings(BaseSettings):
+    """Everything that the environment decides. Field names are the variables' names in lower case."""
+
+    model_config = SettingsConfigDict(frozen=True, env_ignore_empty=True, extra="ignore")
+
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
+    """Where the books are; unset means the embedded PostgreSQL."""
+    log_level: LogLevel = "INFO"
+    service_name: str = "payment-service"
+
+    eci_pay_data_dir: Path | None = None
+    """Where the embedded PostgreSQL keeps its data; unset means the user's data directory."""
+    eci_pay_gateway: Literal["simulated"] = "simulated"
+
+    eci_pay_database_pool_size: int = Field(default=10, ge=1, le=200)
+    """Connections of one process."""
+    eci_pay_database_pool_timeout_seconds: Seconds = 5.0
+    """The longest wait for a free connection, and for a new one to be made."""
+    eci_pay_database_queue_max: int = Field(default=1000, ge=1)
+    """The most requests of one process that wait for a connection; the next is refused at once."""
+    eci_pay_prepare_statements: bool = True
+    """Whether statements are prepared; older PgBouncers cannot carry them in transaction mode."""
+    eci_pay_lock_timeout_seconds: float = Field(default=5.0, ge=0)
+    """The longest wait for a row lock; 0 sends no such option (a pooler may refuse it) and leaves it to the role."""
+    eci_pay_statement_timeout_seconds: float = Field(default=30.0, ge=0)
+    """The longest a statement may run; 0 as above."""
+
+    eci_pay_send_deadline_seconds: Seconds = 30.0
+    """After begin, how late a request may still be sent to the gateway."""
+    eci_pay_settle_retry_seconds: Seconds = 10.0
+    """How long settle is tried again while the database is away; then the caller is told 202."""
+
+    eci_pay_body_max_bytes: int = Field(default=65_536, ge=1024)
+    """The largest request body."""
+    eci_pay_shutdown_timeout_seconds: int = Field(default=30, ge=1)
+    """How long a stopping server waits for the requests that have begun."""
+    eci_pay_expire_keys_interval_seconds: Seconds = 3600.0
+    """How often `serve` deletes expired idempotency keys."""
+
+    eci_pay_simulated_latency_seconds: float = Field(default=0.0, ge=0)
+    """How long the simulated gateway takes to answer."""
+    eci_pay_simulated_slow_seconds: float = Field(default=2.0, ge=0)
+    """How long it takes for the amount that is slow, and before it gives up on those that time out."""
+
+    def embedded_data_dir(self) -> Path:
+        """The directory of the embedded PostgreSQL.
+
+        Root keeps it under /var/lib, because the embedded server's set-up makes every parent folder of its
+        data readable for everyone, which must not happen to a home folder.
+        """
+        if self.eci_pay_data_dir is not None:
+            return self.eci_pay_data_dir
+        if sys.platform != "win32" and os.geteuid() == 0:
+            return Path("/var/lib/eci-pay")
+        import platformdirs
+
+        return platformdirs.user_data_path("eci-pay", appauthor=False)
+
+
+def load_settings() -> Settings:
+    """The settings of this process; raises SettingsInvalid with one line per fault."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = tuple(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        raise SettingsInvalid(faults) from None

@@ -1,0 +1,74 @@
+"""Use cases that change a payment's status by hand: the status update and the cancellation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from eci_pay.database import Connection, Database, fetch
+from eci_pay.errors import InvalidState, PaymentNotFound
+from eci_pay.lifecycle import CANCELLABLE, PaymentStatus, statuses_before_update
+from eci_pay.payments import views_of
+from eci_pay.requests import StatusUpdateRequest
+from eci_pay.views import PaymentView
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusChanges:
+    """Raises PaymentNotFound, InvalidState and Unavailable. None is the id of no payment."""
+
+    database: Database
+    clock: Callable[[], datetime]
+
+    async def update(self, *, payment_id: int | None, request: StatusUpdateRequest) -> PaymentView:
+        """PENDING to COMPLETED, FAILED or CANCELLED, and FAILED to CANCELLED.
+
+        A payment completed like this was never captured by the gateway, so its refunds ask none.
+        """
+        return await self._change(
+            payment_id,
+            request.status,
+            allowed_from=statuses_before_update(request.status),
+            description=f"Status set to {request.status} by hand",
+            gateway_response=request.gateway_response,
+        )
+
+    async def cancel(self, *, payment_id: int | None) -> PaymentView:
+        """Cancels a PENDING or FAILED payment, for good."""
+        return await self._change(
+            payment_id,
+            PaymentStatus.CANCELLED,
+            allowed_from=CANCELLABLE,
+            description="Payment cancelled",
+            gateway_response=None,
+        )
+
+    async def _change(
+        self,
+        payment_id: int | None,
+        status: PaymentStatus,
+        *,
+        allowed_from: tuple[PaymentStatus, ...],
+        description: str,
+        gateway_response: str | None,
+    ) -> PaymentView:
+        if payment_id is None:
+            raise PaymentNotFound
+        params = {
+            "payment_id": payment_id,
+            "status": status.value,
+            "allowed_from": [before.value for before in allowed_from],
+            "description": description,
+            "gateway_response": gateway_response,
+            "at": self.clock(),
+        }
+
+        async def work(connection: Connection) -> PaymentView:
+            rows = await fetch(connection, "status_change", params)
+            if not rows:
+                raise PaymentNotFound(f"there is no payment {payment_id}")
+            if not rows[0]["changed"]:
+                before = rows[0]["status_before"]
+                raise InvalidState(f"a {before} payment cannot become {status}", payment_id=payment_id)
+            return (await views_of(connection, [payment_id]))[payment_id]
+
+        return await self.database.transaction(work)

@@ -1,0 +1,92 @@
+"""What the outside sees of a payment. Every field is listed, so that a new column cannot leak."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+
+from eci_pay.lifecycle import PaymentMethod, PaymentStatus, RefundStatus
+
+
+def _in_utc(instant: datetime) -> datetime:
+    return instant.astimezone(UTC)
+
+
+Amount = Annotated[Decimal, PlainSerializer(float, return_type=float, when_used="json")]
+"""An exact amount; a JSON number once it is text. Every amount of two decimals in NUMERIC(10,2) survives that."""
+
+Instant = Annotated[datetime, AfterValidator(_in_utc)]
+
+
+class View(BaseModel):
+    """A frozen picture of the database at one moment."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class TransactionView(View):
+    """A row of the audit trail."""
+
+    transaction_log_id: int
+    transaction_type: str
+    amount: Amount
+    status: str
+    description: str | None
+    created_at: Instant
+
+
+class RefundView(View):
+    """A refund, whole or partial."""
+
+    refund_id: int
+    amount: Amount
+    reason: str
+    status: RefundStatus
+    gateway_reference: str | None
+    gateway_response: str | None
+    created_at: Instant
+    updated_at: Instant
+    completed_at: Instant | None
+
+
+class PaymentView(View):
+    """A payment with its history, oldest first."""
+
+    payment_id: int
+    order_id: int
+    user_id: int
+    amount: Amount
+    currency: str
+    payment_method: PaymentMethod
+    status: PaymentStatus
+    transaction_id: str
+    reference: str | None
+    authorization_code: str | None
+    gateway_response: str | None
+    created_at: Instant
+    updated_at: Instant
+    completed_at: Instant | None
+    captured_at: Instant | None
+    attempt: int
+    refunded_amount: Amount
+    refund_pending: Amount
+    transactions: tuple[TransactionView, ...] = ()
+    refunds: tuple[RefundView, ...] = ()
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "PaymentView":
+        """The view of a row of `payments_by_id.sql`, or of `payments` alone."""
+        return cls.model_validate(row)
+
+
+class PaymentPage(View):
+    """A page of payments, newest first; their histories are left out."""
+
+    total: int
+    total_is_exact: bool
+    page: int | None
+    page_size: int
+    payments: tuple[PaymentView, ...]
+    next_cursor: str | None

@@ -1,0 +1,9 @@
+-- Tells why charge_begin left requests out: the state of their key and of their order's payment.
+SELECT r.n, k.id AS key_id, k.request_hash, k.response_body, k.status_code, k.expires_at,
+       k.payment_id AS key_payment_id, k.refund_id AS key_refund_id,
+       p.payment_id, p.status, p.payment_method
+FROM unnest(
+    %(n)s::bigint[], %(order_id)s::bigint[], %(idempotency_key)s::text[], %(caller)s::text[]
+) AS r (n, order_id, idempotency_key, caller)
+LEFT JOIN idempotency_keys k ON k.idempotency_key = r.idempotency_key AND k.caller = r.caller
+LEFT JOIN payments p ON p.order_id = r.order_id

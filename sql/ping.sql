@@ -1,0 +1,2 @@
+-- Answers where the database is there and has the tables.
+SELECT EXISTS (SELECT FROM payments) AS has_payments

@@ -1,0 +1,71 @@
+-- Books the gateway's answers to refunds: completes the refund or releases its reservation.
+--
+-- One row per payment in a batch. The payment is locked before its refund, and whether the payment is now
+-- fully refunded is computed from the locked row: a sum over refunds would be taken from a stale snapshot
+-- and lose the transition. A refund that is no longer PROCESSING is missing from the result.
+WITH settlement AS (
+    SELECT *
+    FROM unnest(
+        %(n)s::bigint[], %(order_id)s::bigint[], %(payment_id)s::bigint[], %(refund_id)s::bigint[],
+        %(status)s::text[], %(gateway_reference)s::text[], %(gateway_response)s::text[],
+        %(at)s::timestamptz[], %(description)s::text[]
+    ) AS s (
+        n, order_id, payment_id, refund_id, status, gateway_reference, gateway_response, at, description
+    )
+),
+locked AS MATERIALIZED (
+    SELECT s.*, f.amount, p.amount AS captured,
+           s.status = 'COMPLETED' AND p.refunded_amount = p.amount AND p.refund_pending = f.amount
+               AS refunded_in_full
+    FROM (SELECT * FROM settlement ORDER BY order_id) s
+    CROSS JOIN LATERAL (
+        SELECT payment_id, amount, refunded_amount, refund_pending
+        FROM payments
+        WHERE payments.payment_id = s.payment_id
+        FOR NO KEY UPDATE
+    ) p
+    CROSS JOIN LATERAL (
+        SELECT amount, status
+        FROM refunds
+        WHERE refunds.refund_id = s.refund_id AND refunds.payment_id = p.payment_id
+        FOR NO KEY UPDATE
+    ) f
+    WHERE f.status = 'PROCESSING'
+),
+applied AS (
+    UPDATE payments p SET
+        refund_pending = p.refund_pending - l.amount,
+        refunded_amount = CASE
+            WHEN l.status = 'FAILED' THEN p.refunded_amount - l.amount
+            ELSE p.refunded_amount
+        END,
+        status = CASE WHEN l.refunded_in_full THEN 'REFUNDED' ELSE p.status END,
+        updated_at = l.at
+    FROM locked l
+    WHERE p.payment_id = l.payment_id
+    RETURNING l.n
+),
+settled AS (
+    UPDATE refunds f SET
+        status = l.status,
+        gateway_reference = l.gateway_reference,
+        gateway_response = l.gateway_response,
+        updated_at = l.at,
+        completed_at = CASE WHEN l.status = 'COMPLETED' THEN l.at END
+    FROM applied
+    JOIN locked l USING (n)
+    WHERE f.refund_id = l.refund_id
+),
+audited AS (
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
+    SELECT l.payment_id, 'REFUND', l.amount,
+           CASE l.status WHEN 'COMPLETED' THEN 'REFUNDED' ELSE 'FAILED' END, l.description, l.at
+    FROM applied
+    JOIN locked l USING (n)
+    UNION ALL
+    SELECT l.payment_id, 'PAYMENT', l.captured, 'REFUNDED', 'Payment refunded in full', l.at
+    FROM applied
+    JOIN locked l USING (n)
+    WHERE l.refunded_in_full
+)
+SELECT n FROM applied
