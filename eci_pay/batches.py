@@ -79,9 +79,7 @@ def rounds(claims: Sequence[tuple[Hashable, ...]]) -> Iterator[list[int]]:
         waiting = next_round
 
 
-async def isolated(
-    rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Sequence[Any]]]
-) -> list[Any]:
+async def isolated(rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Sequence[Any]]]) -> list[Any]:
     """Runs all rows together; where the database rejects the batch, each alone, so that only the bad row fails.
 
     Returns a result per row, an exception in place of a rejected row's.

@@ -56,9 +56,7 @@ class Charges:
         claim = Claim.of(idempotency_key, caller, "charge", request)
         return await self.phases.run_to_end(self._charge(request, claim))
 
-    async def create(
-        self, *, request: CreateRequest, idempotency_key: str | None = None, caller: str = ""
-    ) -> Answer:
+    async def create(self, *, request: CreateRequest, idempotency_key: str | None = None, caller: str = "") -> Answer:
         """Records a PENDING payment without asking a gateway; returns 201."""
         claim = Claim.of(idempotency_key, caller, "create", request)
         begin = ChargeBegin.of(
@@ -118,9 +116,7 @@ class Charges:
         # A payment that was taken over has a history, which only a snapshot younger than begin shows whole.
         first = row["attempt"] == 1
         view = _view_of_begin(begin, row) if first else await self.payments.by_id(row["payment_id"])
-        return Attempt(
-            view=view, settle_log_id=row["settle_log_id"], key_id=row["key_id"], begun_at=begin.at
-        )
+        return Attempt(view=view, settle_log_id=row["settle_log_id"], key_id=row["key_id"], begun_at=begin.at)
 
     async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
         """The recorded answer of a live key; raises what else stands in the way."""
@@ -227,7 +223,10 @@ def _settlement(
             }
         )
         answer = answers.declined(
-            operation="payment", payment_id=view.payment_id, decline_code=outcome.code, message=outcome.message
+            operation="payment",
+            payment_id=view.payment_id,
+            decline_code=outcome.code,
+            message=outcome.message,
         )
         description = f"Charge failed: {outcome.code}"
     return ChargeSettlement(

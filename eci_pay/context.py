@@ -9,10 +9,8 @@ REQUEST_ID_LENGTH_MAX = 128
 
 
 def current_request_id() -> str:
-    """The id of the request at hand, made up on first use where no edge has set one."""
-    if not (request_id := _request_id.get()):
-        request_id = bind_request_id(None)
-    return request_id
+    """The id of the request at hand; empty where there is none, as in a background task."""
+    return _request_id.get()
 
 
 def bind_request_id(given: str | None) -> str:

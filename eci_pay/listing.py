@@ -10,7 +10,7 @@ from sqlmodel.sql.expression import SelectOfScalar
 from eci_pay.models import Payment
 from eci_pay.requests import ListRequest
 
-_DIALECT = PGDialect_psycopg()
+_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
 
 def page_statement(request: ListRequest) -> SelectOfScalar[Payment]:
@@ -35,12 +35,14 @@ def compiled(statement: ClauseElement) -> tuple[str, dict[str, Any]]:
 
 
 def _filtered(statement: SelectOfScalar[Any], request: ListRequest) -> SelectOfScalar[Any]:
-    conditions = {
-        "status": request.status and col(Payment.status) == request.status.value,
-        "payment_method": request.payment_method
-        and col(Payment.payment_method) == request.payment_method.value,
-        "user_id": request.user_id and col(Payment.user_id) == request.user_id,
-        "created_from": request.created_from and col(Payment.created_at) >= request.created_from,
-        "created_to": request.created_to and col(Payment.created_at) < request.created_to,
-    }
-    return statement.where(*(condition for condition in conditions.values() if condition is not None))
+    if request.status is not None:
+        statement = statement.where(col(Payment.status) == request.status.value)
+    if request.payment_method is not None:
+        statement = statement.where(col(Payment.payment_method) == request.payment_method.value)
+    if request.user_id is not None:
+        statement = statement.where(col(Payment.user_id) == request.user_id)
+    if request.created_from is not None:
+        statement = statement.where(col(Payment.created_at) >= request.created_from)
+    if request.created_to is not None:
+        statement = statement.where(col(Payment.created_at) < request.created_to)
+    return statement

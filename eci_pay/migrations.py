@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 
 import psycopg
 
@@ -77,7 +78,7 @@ def bundled_migrations(directory: Traversable | None = None) -> list[Migration]:
         text = file.read_text(encoding="utf-8")
         migrations.append(Migration(version=int(match[1]), name=file.name, text=text))
     migrations.sort(key=lambda migration: migration.version)
-    for before, after in zip(migrations, migrations[1:], strict=False):
+    for before, after in pairwise(migrations):
         if before.version == after.version:
             raise MigrationError(f"{before.name} and {after.name} have the same version")
     return migrations
@@ -145,7 +146,10 @@ async def _states(connection: Connection, migrations: list[Migration]) -> list[M
     for migration in migrations:
         record = applied.pop(migration.version, None)
         fault = None
-        if record is not None and (record["name"], record["checksum"]) != (migration.name, migration.checksum):
+        if record is not None and (record["name"], record["checksum"]) != (
+            migration.name,
+            migration.checksum,
+        ):
             fault = f"{migration.name} differs from {record['name']}, which was applied: a migration never changes"
         states.append(
             MigrationState(
@@ -200,7 +204,7 @@ async def _exclusively(connection: Connection) -> AsyncIterator[None]:
     waits for every older snapshot, that of the waiting call included."""
     try:
         async with asyncio.timeout(LOCK_WAIT_MAX_SECONDS):
-            while not await _try_lock(connection):
+            while not await _try_lock(connection):  # noqa: ASYNC110 - the lock is another process's
                 await asyncio.sleep(LOCK_POLL_SECONDS)
     except TimeoutError:
         raise Unavailable(f"another migration has been running for {LOCK_WAIT_MAX_SECONDS:.0f} s") from None

@@ -10,9 +10,7 @@ from sqlmodel import Field, SQLModel
 
 
 def _id() -> Any:
-    return Field(
-        default=None, primary_key=True, sa_type=BigInteger, sa_column_args=(Identity(always=True),)
-    )
+    return Field(default=None, primary_key=True, sa_type=BigInteger, sa_column_args=(Identity(always=True),))
 
 
 def _payment_id(**options: Any) -> Any:

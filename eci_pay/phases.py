@@ -63,7 +63,7 @@ class Phases:
             _log.exception("the gateway's adapter failed")
             return Unknown(message="The gateway's answer could not be read.")
 
-    async def book(self, settle: Callable[[], Awaitable[Answer]]) -> Answer | None:
+    async def book(self, settle: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer | None:
         """Runs `settle` until it is committed; None where it could not be.
 
         Nothing is raised: the gateway has acted, and an error would invite the caller to pay again.
@@ -74,8 +74,12 @@ class Phases:
             wait=wait_random_exponential(multiplier=0.05, max=1),
             reraise=True,
         )
+
+        async def run() -> Answer:
+            return await settle()
+
         try:
-            return await retrying(settle)
+            return await retrying(run)
         except Exception:
             _log.exception("what the gateway answered could not be booked")
             return None
@@ -85,9 +89,7 @@ class Phases:
         if key_id is None:
             return answer
         finishes = [Finish(key_id=key_id, answer=answer)]
-        stored = await self.database.transaction(
-            lambda connection: idempotency.finish(connection, finishes)
-        )
+        stored = await self.database.transaction(lambda connection: idempotency.finish(connection, finishes))
         return stored.get(key_id, answer)
 
     async def mark_unknown(self, key_id: int | None) -> None:

@@ -126,9 +126,7 @@ async def begin_refunds(database: Database, rows: Sequence[RefundBegin]) -> list
     return await begin(database, _STATEMENTS, rows, whole)
 
 
-async def settle_refunds(
-    database: Database, rows: Sequence[RefundSettlement]
-) -> list[Answer | None | Exception]:
+async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -> list[Answer | Exception | None]:
     """Books every row and finishes its key; returns, in order, what each caller is told.
 
     None means that somebody else settled the refund before. Raises Unavailable; running it again is safe.
@@ -137,7 +135,7 @@ async def settle_refunds(
     async def run(batch: Sequence[RefundSettlement]) -> list[Answer | None]:
         return await database.transaction(lambda connection: _settle(connection, batch))
 
-    results: dict[int, Answer | None | Exception] = {}
+    results: dict[int, Answer | Exception | None] = {}
     for numbers in rounds([(row.payment_id,) for row in rows]):
         outcome = await isolated([rows[number] for number in numbers], run)
         results.update(zip(numbers, outcome, strict=True))

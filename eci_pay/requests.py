@@ -13,7 +13,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
     SecretStr,
     StringConstraints,
     ValidationError,
@@ -61,7 +60,7 @@ def _storable(text: str) -> str:
 
 def _currency(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("must be an ISO 4217 currency code")
+        raise ValueError("must be an ISO 4217 currency code")  # noqa: TRY004 - pydantic reads ValueErrors
     return money.parse_currency(value)
 
 
@@ -96,9 +95,9 @@ def _instant(value: Any) -> datetime:
 
 Text = Annotated[str, AfterValidator(_storable)]
 Id = Annotated[int, Field(strict=True, ge=1, le=ID_MAX)]
-AmountField = Annotated[Decimal, PlainValidator(_explained(money.parse_amount))]
-CurrencyField = Annotated[str, PlainValidator(_explained(_currency))]
-Instant = Annotated[datetime, PlainValidator(_explained(_instant))]
+AmountField = Annotated[Decimal, BeforeValidator(_explained(money.parse_amount))]
+CurrencyField = Annotated[str, BeforeValidator(_explained(_currency))]
+Instant = Annotated[datetime, BeforeValidator(_explained(_instant))]
 Reason = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=REASON_LENGTH_MIN, max_length=REASON_LENGTH_MAX),

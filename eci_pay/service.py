@@ -98,12 +98,8 @@ async def payment_service(
     await database.open()
     try:
         yield PaymentService(
-            charges=Charges(
-                database=database, gateway=gateway, payments=payments, phases=phases, clock=clock
-            ),
-            refunds=Refunds(
-                database=database, gateway=gateway, payments=payments, phases=phases, clock=clock
-            ),
+            charges=Charges(database=database, gateway=gateway, payments=payments, phases=phases, clock=clock),
+            refunds=Refunds(database=database, gateway=gateway, payments=payments, phases=phases, clock=clock),
             status_changes=StatusChanges(database=database, clock=clock),
             payments=payments,
             keys=KeyExpiry(database, clock),

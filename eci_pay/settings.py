@@ -3,25 +3,28 @@
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, Field, PositiveFloat, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from typing_extensions import Annotated
 
 from eci_pay.errors import SettingsInvalid
 
-_SCHEMES = ("postgresql://", "postgres://")
 _DRIVER_SCHEME = "postgresql+psycopg://"
 
 
 def _database_url(secret: SecretStr) -> SecretStr:
-    """A URL that libpq reads; SQLAlchemy's spelling of the same is accepted too."""
+    """A connection string of libpq, a URL as a rule; SQLAlchemy's spelling of the same is accepted too."""
     url = secret.get_secret_value()
     if url.startswith(_DRIVER_SCHEME):
         url = "postgresql://" + url.removeprefix(_DRIVER_SCHEME)
-    if not url.startswith(_SCHEMES):
-        raise ValueError("must start with postgresql://")
+    try:
+        conninfo_to_dict(url)
+    except ProgrammingError:
+        # libpq's own words would repeat the string, password and all.
+        raise ValueError("must be a connection string such as postgresql://user@host:5432/name") from None
     return SecretStr(url)
 
 

@@ -33,9 +33,7 @@ MAGIC_AMOUNTS = {
 
 _DECLINES = {
     Behaviour.CARD_DECLINED: Declined(code="card_declined", message="The card was declined."),
-    Behaviour.INSUFFICIENT_FUNDS: Declined(
-        code="insufficient_funds", message="The card has insufficient funds."
-    ),
+    Behaviour.INSUFFICIENT_FUNDS: Declined(code="insufficient_funds", message="The card has insufficient funds."),
 }
 _TIMEOUTS = (Behaviour.TIMEOUT_AFTER_ACTING, Behaviour.TIMEOUT_BEFORE_ACTING)
 _NEVER_ACTS = (Behaviour.TIMEOUT_BEFORE_ACTING, Behaviour.SERVER_ERROR)

@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo serve test check constraints clean
+
+# Everything below installs what it needs first, from hashed versions.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes -r constraints.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(VENV)/.installed  ## The main job, end to end: a charge through a real server, then the story
+	PATH="$(CURDIR)/$(BIN):$$PATH" sample_requests/through_server.sh charge_payment.sh
+	$(BIN)/eci-pay demo
+
+serve: $(VENV)/.installed  ## The HTTP API on 127.0.0.1:8086
+	$(BIN)/eci-pay serve
+
+test: $(VENV)/.installed  ## All tests; ARGS="--database-url=..." for a server of your own
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed  ## Lint, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+constraints:  ## Resolve constraints.txt anew (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
+		--no-annotate --no-header --no-emit-index-url --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) build *.egg-info

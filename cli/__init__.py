@@ -1,0 +1,1 @@
+"""The terminal edge: parses arguments, calls the service layer, prints answers and errors."""

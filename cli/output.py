@@ -1,0 +1,181 @@
+"""What the terminal shows: data on standard output, as tables or as JSON; messages on standard error."""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from eci_pay.errors import PayError
+    from eci_pay.views import PaymentPage, PaymentView
+
+_STYLE_OF_STATUS = {
+    "COMPLETED": "green",
+    "REFUNDED": "cyan",
+    "FAILED": "red",
+    "PROCESSING": "yellow",
+    "PENDING": "yellow",
+    "CANCELLED": "dim",
+}
+
+
+class Mode:
+    """Whether this command speaks JSON: set by its `--json`, read where output is made."""
+
+    json = False
+
+
+def _use_json(value: bool) -> bool:
+    Mode.json = value
+    return value
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.", callback=_use_json, is_eager=True)]
+
+
+def note(message: str) -> None:
+    """A message for the person at the terminal."""
+    print(message, file=sys.stderr)
+
+
+def print_json(data: object) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def print_error(error: "PayError") -> None:
+    """An error on standard error: a line per fault, or the problem's members as JSON."""
+    if Mode.json:
+        document = {"code": error.code, "title": error.title(), "detail": error.detail, **error.members()}
+        print(json.dumps(document, ensure_ascii=False), file=sys.stderr)
+    else:
+        first, *others = error.detail.split("\n")
+        note(f"error: {first} [{error.code}]")
+        for line in others:
+            note(f"       {line}")
+    for hint in getattr(error, "__notes__", ()):
+        note(hint)
+
+
+def console() -> "Console":
+    """Rich output; it honours NO_COLOR and leaves styles out where there is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def print_payment(view: "PaymentView") -> None:
+    """A payment with its refunds and its history."""
+    if Mode.json:
+        print(view.model_dump_json(indent=2))
+        return
+    out = console()
+    out.print(_facts(_payment_facts(view), title=f"Payment {view.payment_id}"))
+    if view.refunds:
+        rows = [
+            (
+                str(r.refund_id),
+                f"{r.amount:,.2f}",
+                styled(r.status),
+                r.reason,
+                f"{r.created_at:%Y-%m-%d %H:%M:%S}",
+            )
+            for r in view.refunds
+        ]
+        out.print(table(("Refund", "Amount", "Status", "Reason", "Begun (UTC)"), rows, right=("Amount",)))
+    rows = [
+        (
+            f"{t.created_at:%Y-%m-%d %H:%M:%S}",
+            t.transaction_type,
+            f"{t.amount:,.2f}",
+            styled(t.status),
+            t.description or "",
+        )
+        for t in view.transactions
+    ]
+    out.print(table(("When (UTC)", "Type", "Amount", "Status", "Description"), rows, right=("Amount",)))
+
+
+def print_page(page: "PaymentPage") -> None:
+    """A page of payments."""
+    if Mode.json:
+        print(page.model_dump_json(indent=2))
+        return
+    rows = [
+        (
+            str(p.payment_id),
+            str(p.order_id),
+            str(p.user_id),
+            f"{p.amount:,.2f} {p.currency}",
+            p.payment_method.value,
+            styled(p.status),
+            f"{p.refunded_amount:,.2f}" if p.refunded_amount else "",
+            f"{p.created_at:%Y-%m-%d %H:%M:%S}",
+        )
+        for p in page.payments
+    ]
+    headings = ("Payment", "Order", "User", "Amount", "Method", "Status", "Refunded", "Created (UTC)")
+    console().print(table(headings, rows, right=("Amount", "Refunded")))
+    total = f"{page.total:,}" if page.total_is_exact else f"more than {page.total:,}"
+    note(f"{len(page.payments)} of {total} payments")
+    if page.next_cursor:
+        note(f"next page: --cursor {page.next_cursor}")
+
+
+def styled(status: str) -> str:
+    """A status in its colour, as rich markup."""
+    style = _STYLE_OF_STATUS.get(status)
+    return f"[{style}]{status}[/]" if style else status
+
+
+def table(headings: Iterable[str], rows: Iterable[tuple[str, ...]], *, right: tuple[str, ...] = ()) -> "Table":
+    """A plain table."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def _facts(facts: Iterable[tuple[str, Any]], *, title: str) -> "Table":
+    from rich.table import Table
+
+    made = Table(box=None, title=title, title_justify="left", title_style="bold", show_header=False, pad_edge=False)
+    made.add_column(style="dim")
+    made.add_column(overflow="fold")
+    for name, value in facts:
+        if value not in (None, ""):
+            made.add_row(name, str(value))
+    return made
+
+
+def _payment_facts(view: "PaymentView") -> Iterable[tuple[str, Any]]:
+    from rich.markup import escape
+
+    refunded = f"{view.refunded_amount:,.2f} {view.currency}" if view.refunded_amount else None
+    if view.refund_pending:
+        refunded = f"{refunded} ({view.refund_pending:,.2f} in flight)"
+    return (
+        ("Status", styled(view.status)),
+        ("Amount", f"{view.amount:,.2f} {view.currency}"),
+        ("Refunded", refunded),
+        ("Method", view.payment_method.value),
+        ("Order", view.order_id),
+        ("User", view.user_id),
+        ("Transaction", view.transaction_id),
+        ("Reference", escape(view.reference or "")),
+        ("Authorization", escape(view.authorization_code or "")),
+        ("Gateway said", escape(view.gateway_response or "")),
+        ("Attempt", view.attempt),
+        ("Created", f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("Completed", f"{view.completed_at:%Y-%m-%d %H:%M:%S} UTC" if view.completed_at else None),
+    )

@@ -1,0 +1,56 @@
+"""Runs a use case from a synchronous command."""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+
+from cli import output
+
+if TYPE_CHECKING:
+    from eci_pay.service import PaymentService
+    from eci_pay.settings import Settings
+
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+def settings_of_command() -> "Settings":
+    """The settings, with logs set up for a terminal: warnings and worse, unless LOG_LEVEL says otherwise."""
+    from eci_pay.context import bind_request_id
+    from eci_pay.logs import configure_logs
+    from eci_pay.settings import load_settings
+
+    settings = load_settings()
+    configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "WARNING")
+    bind_request_id(None)
+    return settings
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code."""
+    # On Windows psycopg needs the selector loop.
+    factory = asyncio.SelectorEventLoop if sys.platform == "win32" else None
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(work)
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
+    """Opens the service, runs one use case, and closes it when all that has begun has ended."""
+    from eci_pay.service import open_database, payment_service
+
+    settings = settings_of_command()
+
+    async def work() -> T:
+        url = await open_database(settings)
+        async with payment_service(settings, url) as service:
+            return await use(service)
+
+    return run(work())

@@ -1,0 +1,35 @@
+"""The command that serves HTTP."""
+
+from typing import Annotated
+
+import typer
+
+from cli.runtime import run
+from eci_pay import errors
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command(epilog="Example: eci-pay serve --port 8086 --workers 2")(serve)
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8086,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+) -> None:
+    """Serve the HTTP API until SIGTERM, then finish what has begun."""
+    from eci_pay.logs import configure_logs
+    from eci_pay.service import open_database
+    from eci_pay.settings import load_settings
+    from server.run import run_server
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    run(open_database(settings))  # says what is wrong before any worker starts
+    try:
+        run_server(settings, host=host, port=port, workers=workers)
+    except SystemExit as stop:
+        if stop.code:
+            raise errors.Unavailable(f"the server could not start on {host}:{port}") from None
+        raise

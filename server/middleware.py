@@ -1,0 +1,95 @@
+"""What every request passes: its id, its log line, and the limit of its body. Plain ASGI, for it is on the hot path."""
+
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from eci_pay.context import bind_request_id
+from server.problems import bug_response, http_problem
+
+_log = logging.getLogger("server.requests")
+
+
+class RequestIds:
+    """Takes over `X-Request-ID` or makes one, returns it with every response, and logs one line per request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = bind_request_id(Headers(scope=scope).get("x-request-id"))
+        started = time.perf_counter()
+        status = 0  # no response has started
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if status:
+                raise
+            await bug_response(error)(scope, receive, send_with_id)
+        finally:
+            _log.info(
+                "request",
+                extra={
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "duration_ms": round((time.perf_counter() - started) * 1000, 2),
+                },
+            )
+
+
+class BodyLimit:
+    """Refuses bodies above a number of bytes with 413, whether announced or streamed.
+
+    Starlette's own limit answers in plain text when the length is announced; ours is a problem document always.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdigit() and int(announced) > self._max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise _BodyTooLarge
+            return message
+
+        try:
+            await self._app(scope, receive_limited, send)
+        except _BodyTooLarge:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        detail = f"The body has more than {self._max_bytes} bytes."
+        await http_problem(413, detail, {"Connection": "close"})(scope, receive, send)
+
+
+class _BodyTooLarge(Exception):
+    """Raised through the application by the request's own stream, before anything was answered."""

@@ -1,0 +1,82 @@
+"""Errors as problem documents (RFC 9457): the one table from errors to statuses."""
+
+import http
+import logging
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from eci_pay import errors
+from eci_pay.answers import problem_document, problem_of
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = {"idempotency-key-in-flight": 1, "unavailable": 2}
+
+STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
+    errors.MalformedJson: 400,
+    errors.IdempotencyKeyMissing: 400,
+    errors.IdempotencyKeyInvalid: 400,
+    errors.IdempotencyKeyReused: 422,
+    errors.ValidationFailed: 422,
+    errors.PaymentNotFound: 404,
+    errors.Conflict: 409,
+    errors.Unavailable: 503,
+}
+
+_CODE_OF_STATUS = {
+    400: "bad-request",
+    404: "not-found",
+    405: "method-not-allowed",
+    413: "body-too-large",
+    415: "unsupported-media-type",
+    500: "internal-error",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class ProblemResponse(JSONResponse):
+    """A problem document."""
+
+    media_type = MEDIA_TYPE
+
+
+def status_of(error: errors.PayError) -> int:
+    """The status of an error: its own row of the table, or that of the nearest class above it."""
+    return next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
+
+
+async def handle_error(_: Request, error: Exception) -> Response:
+    """Renders an error of the service layer."""
+    assert isinstance(error, errors.PayError)
+    status = status_of(error)
+    if isinstance(error, errors.Unavailable):
+        _log.warning("unavailable: %s", error.detail)
+    retry_after = RETRY_AFTER_SECONDS.get(error.code)
+    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    return ProblemResponse(problem_of(error, status), status_code=status, headers=headers)
+
+
+async def handle_http_exception(_: Request, error: Exception) -> Response:
+    """Renders what the router and the framework refuse: unknown paths and methods, large bodies."""
+    assert isinstance(error, HTTPException)
+    return http_problem(error.status_code, error.detail, dict(error.headers or {}))
+
+
+def bug_response(error: Exception) -> Response:
+    """Renders what nobody foresaw; the caller learns the request id, the log the rest."""
+    _log.error("unexpected error", exc_info=error)
+    return http_problem(500, "An unexpected error occurred; it has been logged under this request id.", {})
+
+
+def http_problem(status: int, detail: str, headers: dict[str, str]) -> Response:
+    """A problem that is HTTP's alone."""
+    document = problem_document(
+        status=status,
+        code=_CODE_OF_STATUS[status],
+        title=http.HTTPStatus(status).phrase,
+        detail=detail,
+        members={},
+    )
+    return ProblemResponse(document, status_code=status, headers=headers)

@@ -1,0 +1,49 @@
+"""The whole route table."""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, request_response
+from starlette.types import Receive, Scope, Send
+
+from server import health, payments
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Resource:
+    """All the methods of one path, so that a 405 can name each of them."""
+
+    def __init__(self, handlers: dict[str, Handler]) -> None:
+        self._allow = ", ".join(handlers)
+        self._apps = {method: request_response(handler) for method, handler in handlers.items()}
+        if "GET" in self._apps:
+            self._apps["HEAD"] = self._apps["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        app = self._apps.get(scope["method"])
+        if app is None:
+            detail = f"This path allows {self._allow}."
+            raise HTTPException(405, detail, {"Allow": self._allow})
+        await app(scope, receive, send)
+
+
+TABLE: dict[str, dict[str, Handler]] = {
+    "/v1/payments/charge": {"POST": payments.charge},
+    "/v1/payments": {"GET": payments.list_payments, "POST": payments.create},
+    "/v1/payments/order/{order_id}": {"GET": payments.show_order},
+    "/v1/payments/transaction/{transaction_id}": {"GET": payments.show_transaction},
+    "/v1/payments/{payment_id}": {"GET": payments.show, "DELETE": payments.cancel},
+    "/v1/payments/{payment_id}/refund": {"POST": payments.refund},
+    "/v1/payments/{payment_id}/status": {"PATCH": payments.update_status},
+    "/health": {"GET": health.health},
+    "/health/live": {"GET": health.health},
+    "/health/startup": {"GET": health.health},
+    "/health/ready": {"GET": health.ready},
+}
+"""Order matters where a path fits two patterns: the first one has it."""
+
+ROUTES = [Route(path, Resource(handlers)) for path, handlers in TABLE.items()]

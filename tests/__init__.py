@@ -1,0 +1,1 @@
+"""The tests: a real PostgreSQL, real HTTP, real processes."""

@@ -1,0 +1,151 @@
+"""What tests share: a database of their own, a clock they move, a service, a real server and the command line."""
+
+import asyncio
+import itertools
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import fasteners
+import httpx
+import psycopg
+import pytest
+import uvicorn
+from psycopg.rows import dict_row
+
+from eci_pay.database import create_database, drop_database
+from eci_pay.embedded import embedded_url
+from eci_pay.migrations import bundled_migrations, migrate
+from eci_pay.service import PaymentService, payment_service
+from eci_pay.settings import Settings
+from server.app import build_app
+from tests.support import Books, CommandLine, ManualClock, RecordingGateway, clone_database
+
+SHARED_DIR = Path(tempfile.gettempdir()) / f"eci-pay-tests-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+"""Kept between runs: its server is created once, and its template database once per set of migrations."""
+
+_numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--database-url` names a server of your own; its user may create databases."""
+    parser.addoption("--database-url", default=None, help="a PostgreSQL server; the embedded one if left out")
+
+
+@pytest.fixture(scope="session")
+def server_url(request: pytest.FixtureRequest) -> str:
+    """A PostgreSQL server on which databases can be made."""
+    given: str | None = request.config.getoption("--database-url")
+    return given or embedded_url(SHARED_DIR)
+
+
+@pytest.fixture(scope="session")
+def template(server_url: str) -> str:
+    """The name of a migrated, empty database, made once for all workers."""
+    migrations = bundled_migrations()
+    name = "eci_pay_template_" + "_".join(migration.checksum[:6] for migration in migrations[-4:])
+
+    async def make() -> None:
+        async with await psycopg.AsyncConnection.connect(server_url, autocommit=True) as connection:
+            cursor = await connection.execute("SELECT FROM pg_database WHERE datname = %s", (name,))
+            if await cursor.fetchone() is not None:
+                return
+        await drop_database(server_url, f"{name}_new")
+        url = await create_database(server_url, f"{name}_new")
+        await migrate(url, migrations)
+        async with await psycopg.AsyncConnection.connect(server_url, autocommit=True) as connection:
+            await connection.execute(f"ALTER DATABASE {name}_new RENAME TO {name}".encode())
+
+    SHARED_DIR.mkdir(parents=True, exist_ok=True)
+    with fasteners.InterProcessLock(SHARED_DIR / "template.lock"):
+        asyncio.run(make())
+    return name
+
+
+@pytest.fixture
+async def database_url(server_url: str, template: str) -> AsyncIterator[str]:
+    """A migrated, empty database of the test's own."""
+    name = f"eci_pay_test_{os.getpid()}_{next(_numbers)}"
+    yield await clone_database(server_url, template, name)
+    await drop_database(server_url, name)
+
+
+@pytest.fixture
+async def empty_database_url(server_url: str) -> AsyncIterator[str]:
+    """A database of the test's own without a single table."""
+    name = f"eci_pay_test_{os.getpid()}_{next(_numbers)}"
+    yield await create_database(server_url, name)
+    await drop_database(server_url, name)
+
+
+@pytest.fixture
+async def books(database_url: str) -> AsyncIterator[Books]:
+    """The tables of the test's database, read and written by hand."""
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True, row_factory=dict_row) as connection:
+        yield Books(connection)
+
+
+@pytest.fixture
+def settings(database_url: str) -> Settings:
+    """Settings of a service over the test's database, its waits short."""
+    return Settings.model_validate(
+        {
+            "database_url": database_url,
+            "eci_pay_simulated_slow_seconds": 0.05,
+            "eci_pay_settle_retry_seconds": 2.0,
+            "eci_pay_database_pool_timeout_seconds": 20.0,
+        }
+    )
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still until it is moved."""
+    return ManualClock()
+
+
+@pytest.fixture
+def gateway(settings: Settings) -> RecordingGateway:
+    """The simulated gateway, remembering what it was asked."""
+    return RecordingGateway(slow_seconds=settings.eci_pay_simulated_slow_seconds)
+
+
+@pytest.fixture
+async def service(
+    settings: Settings, database_url: str, gateway: RecordingGateway, clock: ManualClock
+) -> AsyncIterator[PaymentService]:
+    """The use cases over the test's database."""
+    async with payment_service(settings, database_url, gateway=gateway, clock=clock) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def api(settings: Settings, service: PaymentService) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a real server on loopback, over the test's `service`."""
+
+    @asynccontextmanager
+    async def open_service() -> AsyncIterator[PaymentService]:
+        yield service
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(build_app(settings, open_service), lifespan="on", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    async with asyncio.timeout(10):
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    limits = httpx.Limits(max_connections=250)
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60) as client:
+        yield client
+    server.should_exit = True
+    await running
+
+
+@pytest.fixture
+def command_line(database_url: str, tmp_path: Path) -> CommandLine:
+    """The installed command `eci-pay`, on the test's database."""
+    return CommandLine({"DATABASE_URL": database_url, "ECI_PAY_SIMULATED_SLOW_SECONDS": "0.05"}, tmp_path)
