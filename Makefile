@@ -12,8 +12,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed  ## The main job, end to end: a charge through a real server, then the story
-	PATH="$(CURDIR)/$(BIN):$$PATH" sample_requests/through_server.sh charge_payment.sh
-	$(BIN)/eci-pay demo
+	env -u DATABASE_URL PATH="$(abspath $(BIN)):$$PATH" sample_requests/through_server.sh charge_payment.sh
+	env -u DATABASE_URL $(BIN)/eci-pay demo
 
 serve: $(VENV)/.installed  ## The HTTP API on 127.0.0.1:8086
 	$(BIN)/eci-pay serve
