@@ -54,12 +54,21 @@ def print_error(error: "PayError") -> None:
         document = {"code": error.code, "title": error.title(), "detail": error.detail, **error.members()}
         print(json.dumps(document, ensure_ascii=False), file=sys.stderr)
     else:
-        first, *others = error.detail.split("\n")
+        first, *others = _lines(error)
         note(f"error: {first} [{error.code}]")
         for line in others:
             note(f"       {line}")
     for hint in getattr(error, "__notes__", ()):
         note(hint)
+
+
+def _lines(error: "PayError") -> list[str]:
+    """A line per fault."""
+    from eci_pay.errors import ValidationFailed
+
+    if isinstance(error, ValidationFailed):
+        return [f"{fault.field}: {fault.message}" if fault.field else fault.message for fault in error.errors]
+    return error.detail.split("\n")
 
 
 def console() -> "Console":

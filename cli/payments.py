@@ -61,8 +61,8 @@ def charge(
         "reference": reference,
     }
     fields = {name: value for name, value in options.items() if value is not None}
-    if file is not None and fields:
-        raise errors.InvalidRequest("give a file or options, not both")
+    if (file is not None) == bool(fields):
+        raise errors.InvalidRequest("give a FILE, or --order-id, --user-id, --amount and --method")
     request: ChargeRequest = parse_request(ChargeRequest, fields if file is None else parse_json(_read(file)))
     with _safe_to_repeat(idempotency_key) as key:
         answer = run_use_case(lambda service: service.charges.charge(request=request, idempotency_key=key))

@@ -237,6 +237,10 @@ _MESSAGES: Mapping[str, str] = {
     "extra_forbidden": "is not a known field",
     "model_type": "must be a JSON object",
     "model_attributes_type": "must be a JSON object",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "string_type": "must be a string",
 }
 
 
@@ -246,8 +250,13 @@ def _field_errors(error: ValidationError) -> tuple[FieldError, ...]:
     for fault in error.errors(include_input=False, include_url=False, include_context=False):
         whole_request = fault["type"] in ("amount", "page")
         field = fault["type"] if whole_request else str(fault["loc"][0]) if fault["loc"] else ""
-        found.setdefault(_storable_name(field), _MESSAGES.get(fault["type"], fault["msg"]))
+        found.setdefault(_storable_name(field), _message(fault["type"], fault["msg"]))
     return tuple(FieldError(field=field, message=message) for field, message in found.items())
+
+
+def _message(kind: str, message: str) -> str:
+    words = _MESSAGES.get(kind, message)
+    return words.replace("Input should be", "must be").replace("String should have", "must have")
 
 
 def _storable_name(field: str) -> str:

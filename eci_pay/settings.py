@@ -96,5 +96,12 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        faults = tuple(f"{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        faults = tuple(
+            f"{str(fault['loc'][0]).upper()}: {_words(fault['msg'])}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
         raise SettingsInvalid(faults) from None
+
+
+def _words(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")

@@ -61,7 +61,8 @@ async def handle_error(_: Request, error: Exception) -> Response:
 async def handle_http_exception(_: Request, error: Exception) -> Response:
     """Renders what the router and the framework refuse: unknown paths and methods, large bodies."""
     assert isinstance(error, HTTPException)
-    return http_problem(error.status_code, error.detail, dict(error.headers or {}))
+    detail = "There is nothing at this path." if error.status_code == http.HTTPStatus.NOT_FOUND else error.detail
+    return http_problem(error.status_code, detail, dict(error.headers or {}))
 
 
 def bug_response(error: Exception) -> Response:
