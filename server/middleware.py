@@ -4,10 +4,14 @@ import logging
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.context import bind_request_id
 from server.problems import bug_response, http_problem
+
+STATUS_CLIENT_GONE = 499
+"""In the log: the client went before it had sent its body. Nothing was begun. (nginx's number; never sent.)"""
 
 _log = logging.getLogger("server.requests")
 
@@ -36,6 +40,8 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = STATUS_CLIENT_GONE
         except Exception as error:
             if status:
                 raise
