@@ -40,7 +40,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 def note(message: str) -> None:
     """A message for the person at the terminal."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text from outside, without the control characters that would give the terminal orders."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def shown(text: str | None) -> str:
+    """Text from outside, as it is: neither orders to the terminal nor rich's markup."""
+    from rich.markup import escape
+
+    return escape(printable(text or ""))
 
 
 def print_json(data: object) -> None:
@@ -91,7 +103,7 @@ def print_payment(view: "PaymentView") -> None:
                 str(r.refund_id),
                 f"{r.amount:,.2f}",
                 styled(r.status),
-                r.reason,
+                shown(r.reason),
                 f"{r.created_at:%Y-%m-%d %H:%M:%S}",
             )
             for r in view.refunds
@@ -103,7 +115,7 @@ def print_payment(view: "PaymentView") -> None:
             t.transaction_type,
             f"{t.amount:,.2f}",
             styled(t.status),
-            t.description or "",
+            shown(t.description),
         )
         for t in view.transactions
     ]
@@ -168,8 +180,6 @@ def _facts(facts: Iterable[tuple[str, Any]], *, title: str) -> "Table":
 
 
 def _payment_facts(view: "PaymentView") -> Iterable[tuple[str, Any]]:
-    from rich.markup import escape
-
     refunded = f"{view.refunded_amount:,.2f} {view.currency}" if view.refunded_amount else None
     if view.refund_pending:
         refunded = f"{refunded} ({view.refund_pending:,.2f} in flight)"
@@ -181,9 +191,9 @@ def _payment_facts(view: "PaymentView") -> Iterable[tuple[str, Any]]:
         ("Order", view.order_id),
         ("User", view.user_id),
         ("Transaction", view.transaction_id),
-        ("Reference", escape(view.reference or "")),
-        ("Authorization", escape(view.authorization_code or "")),
-        ("Gateway said", escape(view.gateway_response or "")),
+        ("Reference", shown(view.reference)),
+        ("Authorization", shown(view.authorization_code)),
+        ("Gateway said", shown(view.gateway_response)),
         ("Attempt", view.attempt),
         ("Created", f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC"),
         ("Completed", f"{view.completed_at:%Y-%m-%d %H:%M:%S} UTC" if view.completed_at else None),

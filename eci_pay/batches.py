@@ -19,6 +19,7 @@ BEGIN_TRIES_MAX = 20
 """How often a begin that lost a race is run again with a new snapshot."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class BeginRow(Protocol):
@@ -32,9 +33,6 @@ class BeginRow(Protocol):
 
     def is_free(self, found: Row) -> bool:
         """Whether, by what the refusal statement found, nothing stands in its way."""
-
-
-_AnyBeginRow = TypeVar("_AnyBeginRow", bound=BeginRow)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,71 +77,101 @@ def rounds(claims: Sequence[tuple[Hashable, ...]]) -> Iterator[list[int]]:
         waiting = next_round
 
 
-async def isolated(rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Sequence[Any]]]) -> list[Any]:
+async def settle(rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Sequence[R]]]) -> list[R | Exception]:
     """Runs all rows together; where the database rejects the batch, each alone, so that only the bad row fails.
 
-    Returns a result per row, an exception in place of a rejected row's.
+    Returns a result per row, an exception in place of a rejected row's. Running a settled row again is safe.
     """
     try:
         return list(await run(rows))
+    except Unavailable as error:
+        return [error] * len(rows)
     except psycopg.Error as error:
         if len(rows) == 1:
             return [error]
-    return [result for row in rows for result in await isolated([row], run)]
+    return [result for row in rows for result in await settle([row], run)]
 
 
 async def begin(
     database: Database,
     statements: BeginStatements,
-    rows: Sequence[_AnyBeginRow],
+    rows: Sequence[BeginRow],
     parameters: Mapping[str, Any],
 ) -> list[BeginResult]:
-    """Begins every row; returns one result per row, in order. Raises Unavailable where the database is away."""
+    """Begins every row; returns one result per row, in order, an exception in place of a failed row's."""
     results: dict[int, BeginResult] = {}
-
-    async def run(batch: Sequence[_AnyBeginRow]) -> list[BeginResult]:
-        return await _begin_batch(database, statements, batch, parameters)
-
     for numbers in rounds([row.claims() for row in rows]):
-        outcome = await isolated([rows[number] for number in numbers], run)
+        outcome = await _begin_round(database, statements, [rows[number] for number in numbers], parameters)
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]
 
 
-async def _begin_batch(
+async def _begin_round(
     database: Database,
     statements: BeginStatements,
     rows: Sequence[BeginRow],
     parameters: Mapping[str, Any],
 ) -> list[BeginResult]:
+    """Runs the statement until each row has begun, was refused or has failed. What has begun is never run again."""
     results: dict[int, BeginResult] = {}
-    connection_lost = False
+    passes = _Passes(database, statements, parameters)
+    failure: Exception = Unavailable("the request kept losing races for its key or order: try again")
     for _ in range(BEGIN_TRIES_MAX):
         waiting = [number for number in range(len(rows)) if number not in results]
-        columns = arrays([rows[number].columns() for number in waiting])
+        if not waiting:
+            break
         try:
-            found = await database.fetch(statements.begin, {**columns, **parameters})
+            found = await passes.run([rows[number] for number in waiting])
+        except Unavailable as error:
+            failure = error
+            break
+        except psycopg.Error as error:
+            if len(waiting) == 1:
+                failure = error
+                break
+            for number in waiting:
+                (results[number],) = await _begin_round(database, statements, [rows[number]], parameters)
+        else:
+            results.update({waiting[n]: result for n, result in found.items()})
+    return [results.get(number, failure) for number in range(len(rows))]
+
+
+class _Passes:
+    """Runs a begin statement again and again, and remembers whether a connection was lost in between."""
+
+    def __init__(self, database: Database, statements: BeginStatements, parameters: Mapping[str, Any]) -> None:
+        self._database = database
+        self._statements = statements
+        self._parameters = parameters
+        self._connection_lost = False
+
+    async def run(self, rows: Sequence[BeginRow]) -> dict[int, BeginResult]:
+        """The rows, by number, that have begun or were refused. A row that is missing lost a race: it is free."""
+        columns = arrays([row.columns() for row in rows])
+        results: dict[int, BeginResult] = {row["n"]: Begun(row) for row in await self._begun(columns)}
+        if len(results) < len(rows):
+            for row in await self._database.read(self._statements.refused, columns):
+                if row["n"] not in results and not rows[row["n"]].is_free(row):
+                    results[row["n"]] = Refused(row)
+        return results
+
+    async def _begun(self, columns: dict[str, list[Any]]) -> list[Row]:
+        found: list[Row] = []
+        try:
+            found = await self._database.fetch(self._statements.begin, {**columns, **self._parameters})
         except ConnectionLost:
-            connection_lost = True
-            found = await database.read(statements.begun, columns)
+            self._connection_lost = True
         except errors.NotNullViolation as error:
+            # One key raced for two orders: with a new snapshot, only the offender is refused.
             if error.diag.column_name != "expires_at":
                 raise
-            continue  # one key raced for two orders: with a new snapshot, only the offender is refused
-        if connection_lost and len(found) < len(waiting):
-            # A statement whose connection was lost may commit later than it was looked for.
+        except errors.UniqueViolation:
+            # The statement whose connection was lost has committed in the meantime.
+            if not self._connection_lost:
+                raise
+        if self._connection_lost and len(found) < len(columns["n"]):
+            # That statement may also commit later than it was looked for: so it is looked for in every pass.
             known = {row["n"] for row in found}
-            found += [row for row in await database.read(statements.begun, columns) if row["n"] not in known]
-        results.update((waiting[row["n"]], Begun(row)) for row in found)
-        if len(results) == len(rows):
-            break
-        for row in await database.read(statements.refused, columns):
-            number = waiting[row["n"]]
-            if number not in results and not rows[number].is_free(row):
-                results[number] = Refused(row)
-        if len(results) == len(rows):
-            break
-    else:
-        unlucky = Unavailable("the request kept losing races for its key or order: try again")
-        return [results.get(number, unlucky) for number in range(len(rows))]
-    return [results[number] for number in range(len(rows))]
+            begun = await self._database.read(self._statements.begun, columns)
+            found += [row for row in begun if row["n"] not in known]
+        return found

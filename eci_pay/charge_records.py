@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer
-from eci_pay.batches import BeginResult, BeginStatements, begin, isolated, rounds
+from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
 from eci_pay.database import Database, Row, arrays
 from eci_pay.idempotency import KEY_LIFETIME, Claim, is_expired
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
@@ -137,7 +137,7 @@ class ChargeSettlement:
 
 
 async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
-    """Records every row or tells why not, in order. All rows must agree on `takes_over`. Raises Unavailable."""
+    """Records every row or tells why not, in order. All rows must agree on `takes_over`."""
     takes_over = {row.takes_over for row in rows}
     assert len(takes_over) == 1, "creations and charges are separate batches"
     return await begin(database, _STATEMENTS, rows, {"takes_over": takes_over.pop()})
@@ -146,7 +146,8 @@ async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list
 async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -> list[bool | Exception]:
     """Books every row; tells, in order, whether it was this settlement that changed the payment.
 
-    False means that somebody else settled the attempt before. Raises Unavailable; running it again is safe.
+    False means that somebody else settled the attempt before, an exception that this row was not booked.
+    Running it again is safe.
     """
 
     async def run(batch: Sequence[ChargeSettlement]) -> list[bool]:
@@ -156,6 +157,6 @@ async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -
 
     results: dict[int, bool | Exception] = {}
     for numbers in rounds([(row.payment_id,) for row in rows]):
-        outcome = await isolated([rows[number] for number in numbers], run)
+        outcome = await settle([rows[number] for number in numbers], run)
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]

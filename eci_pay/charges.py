@@ -8,7 +8,7 @@ the outcome, or 202 where it is not known or could not be booked; never that it 
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import assert_never
@@ -113,10 +113,20 @@ class Charges:
                 assert_never(result)
 
     async def _attempt(self, begin: ChargeBegin, row: Row) -> Attempt:
+        attempt = Attempt(
+            view=_view_of_begin(begin, row),
+            settle_log_id=row["settle_log_id"],
+            key_id=row["key_id"],
+            begun_at=begin.at,
+        )
+        if attempt.view.attempt == 1:
+            return attempt
         # A payment that was taken over has a history, which only a snapshot younger than begin shows whole.
-        first = row["attempt"] == 1
-        view = _view_of_begin(begin, row) if first else await self.payments.by_id(row["payment_id"])
-        return Attempt(view=view, settle_log_id=row["settle_log_id"], key_id=row["key_id"], begun_at=begin.at)
+        try:
+            return replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
+        except Unavailable as error:
+            await self._give_up(attempt, error)
+            raise
 
     async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
         """The recorded answer of a live key; raises what else stands in the way."""
@@ -126,7 +136,7 @@ class Charges:
             return answer
         view = await self.payments.by_id(found["key_payment_id"])
         if view.status is not PaymentStatus.PROCESSING:
-            return await self.phases.finish(found["key_id"], _answer_of(view, begin))
+            return await self.phases.finish_for_another(found["key_id"], _answer_of(view, begin))
         if idempotency.is_marked_unknown(found):
             return answers.unknown(view)
         raise idempotency.refuse_in_flight(view.payment_id)
@@ -169,10 +179,9 @@ class Charges:
         """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
         declined = Declined(code="not_sent", message=error.detail)
         settlement = _settlement(attempt, declined, self.clock(), releases_key=True)
-        try:
-            await settle_charges(self.database, [settlement])
-        except Unavailable:
-            _log.warning("payment %d was not sent and stays PROCESSING", attempt.view.payment_id)
+        settled = (await settle_charges(self.database, [settlement]))[0]
+        if isinstance(settled, Exception):
+            _log.error("payment %d was not sent and stays PROCESSING", attempt.view.payment_id, exc_info=settled)
 
 
 def charge_key(transaction_id: str, attempt: int) -> str:

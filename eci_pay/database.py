@@ -87,12 +87,23 @@ class Database:
         return await self._repeated(lambda: self._retried(run))
 
     async def transaction(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Runs `work` in one transaction, from its start again after a conflict."""
+        """Runs `work` in one transaction, from its start again after a conflict or where a connection is lost before
+        its commit was sent; ConnectionLost leaves open whether it committed."""
+        commit_sent = False
 
         async def run(connection: Connection) -> T:
+            nonlocal commit_sent
             async with connection.transaction():
-                return await work(connection)
+                result = await work(connection)
+                commit_sent = True
+            return result
 
+        for _ in range(READ_TRIES_MAX - 1):
+            try:
+                return await self._retried(run)
+            except ConnectionLost:
+                if commit_sent:
+                    raise
         return await self._retried(run)
 
     async def _repeated(self, read: Callable[[], Awaitable[T]]) -> T:
@@ -142,22 +153,20 @@ class Database:
 
 async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:
     """Runs one named statement on a connection, inside whatever transaction is open on it."""
-    cursor = await connection.execute(statement(name), params)
+    bound = None if params is None else {key: _wrapped(value) for key, value in params.items()}
+    cursor = await connection.execute(statement(name), bound)
     return await cursor.fetchall() if cursor.description else []
 
 
 def arrays(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The rows as one array per column, for `unnest`, with their number as column `n`.
-
-    Integers are wrapped, for psycopg would else choose the array type by the values and prepare one statement
-    several times.
-    """
+    """The rows as one array per column, for `unnest`, with their number as column `n`."""
     columns = {name: [_wrapped(row[name]) for row in rows] for name in rows[0]}
     return {"n": [Int8(n) for n in range(len(rows))], **columns}
 
 
 def _wrapped(value: Any) -> Any:
-    return Int8(value) if type(value) is int else value
+    """Psycopg would choose an integer's type by its value, and prepare one statement several times."""
+    return Int8(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def connection_info(url: str, settings: Settings) -> str:

@@ -163,15 +163,19 @@ class KeyExpiry:
 
     async def delete(self, on_progress: Callable[[int], None] = lambda _: None) -> int:
         """Deletes them all; tells the running total after each batch, and at the end returns it."""
-        now = self._clock()
         total = 0
         while True:
-            rows = await self._database.fetch("keys_expire", {"now": now, "batch_size_max": EXPIRE_BATCH_SIZE_MAX})
-            deleted = int(rows[0]["deleted"])
+            deleted = await self.delete_batch()
             total += deleted
             on_progress(total)
             if deleted < EXPIRE_BATCH_SIZE_MAX:
                 return total
+
+    async def delete_batch(self) -> int:
+        """Deletes at most `EXPIRE_BATCH_SIZE_MAX`; returns how many."""
+        params = {"now": self._clock(), "batch_size_max": EXPIRE_BATCH_SIZE_MAX}
+        rows = await self._database.fetch("keys_expire", params)
+        return int(rows[0]["deleted"])
 
 
 def _stored_answer(row: Row) -> Answer:

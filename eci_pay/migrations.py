@@ -16,6 +16,7 @@ from importlib.resources.abc import Traversable
 from itertools import pairwise
 
 import psycopg
+from psycopg import sql
 
 from eci_pay.database import Connection, connect
 from eci_pay.errors import MigrationError, SchemaOutdated, Unavailable
@@ -63,6 +64,7 @@ class MigrationState:
     name: str
     applied_at: datetime | None
     fault: str | None
+    is_unknown: bool = False
 
 
 def bundled_migrations(directory: Traversable | None = None) -> list[Migration]:
@@ -107,15 +109,19 @@ async def pending_migrations(url: str, migrations: list[Migration]) -> list[Migr
 
 
 async def check_schema(url: str, migrations: list[Migration]) -> list[str]:
-    """Raises SchemaOutdated where migrations are missing; returns the names of those that are newer than us.
+    """Raises SchemaOutdated where migrations are missing and MigrationError where one was changed; returns the names
+    of those that are newer than us.
 
     A newer schema is no error, so that releases can be rolled out one replica at a time.
     """
     states = await migration_states(url, migrations)
+    changed = [state.fault for state in states if state.fault and not state.is_unknown]
+    if changed:
+        raise MigrationError("; ".join(changed))
     missing = [state.name for state in states if state.applied_at is None]
     if missing:
         raise SchemaOutdated(f"the database lacks {', '.join(missing)}: run `eci-pay migrate`")
-    return [state.name for state in states if state.fault]
+    return [state.name for state in states if state.is_unknown]
 
 
 async def load_sample_data(url: str) -> int:
@@ -162,7 +168,9 @@ async def _states(connection: Connection, migrations: list[Migration]) -> list[M
     for version, record in sorted(applied.items()):
         fault = f"{record['name']} was applied to the database and is unknown to this release"
         states.append(
-            MigrationState(version=version, name=record["name"], applied_at=record["applied_at"], fault=fault)
+            MigrationState(
+                version=version, name=record["name"], applied_at=record["applied_at"], fault=fault, is_unknown=True
+            )
         )
     return states
 
@@ -183,12 +191,24 @@ async def _apply(connection: Connection, migration: Migration) -> None:
                 await connection.execute(migration.text.encode())
                 await _record(connection, migration)
         else:
+            await _drop_cut_off_indexes(connection, migration)
             await connection.execute(migration.text.encode())
             await _record(connection, migration)
     except psycopg.OperationalError as error:
         raise Unavailable(f"{migration.name}: {error}") from error
     except psycopg.Error as error:
         raise MigrationError(f"{migration.name}: {error}") from error
+
+
+async def _drop_cut_off_indexes(connection: Connection, migration: Migration) -> None:
+    """A CREATE INDEX CONCURRENTLY that was cut off leaves an invalid index, which IF NOT EXISTS takes for done."""
+    cursor = await connection.execute(
+        b"SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid"
+    )
+    for row in await cursor.fetchall():
+        if row["relname"] in migration.text:
+            drop = sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(row["relname"]))
+            await connection.execute(drop)
 
 
 async def _record(connection: Connection, migration: Migration) -> None:

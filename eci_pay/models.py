@@ -48,7 +48,7 @@ class Payment(SQLModel, table=True):
         Index("idx_payments_reference", "reference"),
         CheckConstraint("order_id > 0", name="payments_order_id_positive"),
         CheckConstraint("user_id > 0", name="payments_user_id_positive"),
-        CheckConstraint("amount > 0", name="payments_amount_positive"),
+        CheckConstraint("amount > 0 AND amount < 'NaN'", name="payments_amount_positive"),
         CheckConstraint(
             "payment_method IN ('CREDIT_CARD', 'DEBIT_CARD', 'UPI', 'NET_BANKING', 'WALLET', 'COD')",
             name="payments_method_known",
@@ -97,7 +97,7 @@ class Transaction(SQLModel, table=True):
     __table_args__ = (
         Index("idx_transactions_payment_id", "payment_id"),
         CheckConstraint("transaction_type IN ('PAYMENT', 'REFUND')", name="transactions_type_known"),
-        CheckConstraint("amount > 0", name="transactions_amount_positive"),
+        CheckConstraint("amount > 0 AND amount < 'NaN'", name="transactions_amount_positive"),
         CheckConstraint(
             "CASE transaction_type WHEN 'PAYMENT' THEN"
             " status IN ('PENDING', 'PROCESSING', 'COMPLETED', 'FAILED', 'CANCELLED', 'REFUNDED')"
@@ -120,8 +120,9 @@ class Refund(SQLModel, table=True):
 
     __tablename__ = "refunds"
     __table_args__ = (
+        UniqueConstraint("begin_id", name="idx_refunds_begin_id"),
         Index("idx_refunds_payment_id", "payment_id"),
-        CheckConstraint("amount > 0", name="refunds_amount_positive"),
+        CheckConstraint("amount > 0 AND amount < 'NaN'", name="refunds_amount_positive"),
         CheckConstraint("status IN ('PROCESSING', 'COMPLETED', 'FAILED')", name="refunds_status_known"),
     )
 

@@ -56,6 +56,8 @@ def parse_amount(value: object) -> Decimal:
     # Compared before it is rounded: quantize() has no room for a number of any size.
     if not amount.is_finite() or amount > AMOUNT_MAX + 1:
         raise ValueError(f"must not exceed {AMOUNT_MAX}")
+    if amount < 0:
+        raise ValueError("must be greater than 0")
     rounded = amount.quantize(CENT, rounding=ROUND_HALF_EVEN)
     if rounded <= 0:
         raise ValueError("must be greater than 0 after rounding to two decimals")

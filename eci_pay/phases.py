@@ -92,6 +92,10 @@ class Phases:
         stored = await self.database.transaction(lambda connection: idempotency.finish(connection, finishes))
         return stored.get(key_id, answer)
 
+    async def finish_for_another(self, key_id: int, answer: Answer) -> Answer:
+        """Finishes a key whose first request has not: for this request, its answer is a replay."""
+        return replace(await self.finish(key_id, answer), replayed=True)
+
     async def mark_unknown(self, key_id: int | None) -> None:
         """Lets replays of the key answer 202. If that fails, they answer "in flight", which is no less true."""
         if key_id is None:

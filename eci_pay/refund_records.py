@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer
-from eci_pay.batches import BeginResult, BeginStatements, begin, isolated, rounds
+from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import InvalidState, PayError, PaymentNotFound, RefundExceedsBalance, ValidationFailed
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
@@ -121,7 +121,7 @@ class RefundSettlement:
 
 
 async def begin_refunds(database: Database, rows: Sequence[RefundBegin]) -> list[BeginResult]:
-    """Reserves every row or tells why not, in order. Raises Unavailable."""
+    """Reserves every row or tells why not, in order."""
     whole = {"whole_amount_currencies": list(whole_amount_currencies())}
     return await begin(database, _STATEMENTS, rows, whole)
 
@@ -129,7 +129,8 @@ async def begin_refunds(database: Database, rows: Sequence[RefundBegin]) -> list
 async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -> list[Answer | Exception | None]:
     """Books every row and finishes its key; returns, in order, what each caller is told.
 
-    None means that somebody else settled the refund before. Raises Unavailable; running it again is safe.
+    None means that somebody else settled the refund before, an exception that this row was not booked.
+    Running it again is safe.
     """
 
     async def run(batch: Sequence[RefundSettlement]) -> list[Answer | None]:
@@ -137,7 +138,7 @@ async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -
 
     results: dict[int, Answer | Exception | None] = {}
     for numbers in rounds([(row.payment_id,) for row in rows]):
-        outcome = await isolated([rows[number] for number in numbers], run)
+        outcome = await settle([rows[number] for number in numbers], run)
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]
 

@@ -92,10 +92,12 @@ class Refunds:
         view = await self.payments.by_id(found["key_payment_id"])
         refund = next(refund for refund in view.refunds if refund.refund_id == found["key_refund_id"])
         if refund.status is RefundStatus.COMPLETED:
-            return await self.phases.finish(found["key_id"], answers.ok(view))
+            return await self.phases.finish_for_another(found["key_id"], answers.ok(view))
         if refund.status is RefundStatus.FAILED:
             message = refund.gateway_response or "The refund failed."
-            return await self.phases.finish(found["key_id"], _declined(view.payment_id, "declined", message))
+            return await self.phases.finish_for_another(
+                found["key_id"], _declined(view.payment_id, "declined", message)
+            )
         if idempotency.is_marked_unknown(found):
             return answers.unknown(view)
         raise idempotency.refuse_in_flight(view.payment_id)
@@ -137,10 +139,9 @@ class Refunds:
         """Releases a refund that was never sent, and frees its key for the caller's next try."""
         declined = Declined(code="not_sent", message=error.detail)
         settlement = _settlement(refund, declined, self.clock(), releases_key=True)
-        try:
-            await settle_refunds(self.database, [settlement])
-        except Unavailable:
-            _log.warning("refund %d was not sent and stays PROCESSING", refund["refund_id"])
+        settled = (await settle_refunds(self.database, [settlement]))[0]
+        if isinstance(settled, Exception):
+            _log.error("refund %d was not sent and stays PROCESSING", refund["refund_id"], exc_info=settled)
 
 
 def _settlement(

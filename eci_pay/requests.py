@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, time
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, NoReturn, Self, TypeVar
 
 from pydantic import (
@@ -30,6 +30,8 @@ REASON_LENGTH_MIN, REASON_LENGTH_MAX = 5, 400
 TOKEN_LENGTH_MAX = 500
 GATEWAY_RESPONSE_LENGTH_MAX = 500
 TRANSACTION_ID_LENGTH_MAX = 50
+NUMBER_LENGTH_MAX = 4300
+"""The most digits of a whole number in JSON; none that we take has more than 19."""
 PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX = 10, 100
 LIST_DEPTH_MAX = 100_000
 """The furthest row that `page` reaches; a cursor walks further at constant cost."""
@@ -56,6 +58,18 @@ def _storable(text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PydanticCustomError("invalid", "must not contain lone surrogates")
     return text
+
+
+def _storable_secret(secret: SecretStr) -> SecretStr:
+    _storable(secret.get_secret_value())
+    return secret
+
+
+def _digits(value: Any) -> Any:
+    """A number in a query string is digits and nothing else."""
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        raise ValueError("must be a whole number")
+    return value
 
 
 def _currency(value: Any) -> str:
@@ -133,7 +147,9 @@ class CreateRequest(Request):
 class ChargeRequest(CreateRequest):
     """A charge of an order. The token is passed to the gateway, never stored and never logged."""
 
-    payment_token: Annotated[SecretStr, Field(min_length=1, max_length=TOKEN_LENGTH_MAX)] | None = None
+    payment_token: (
+        Annotated[SecretStr, Field(min_length=1, max_length=TOKEN_LENGTH_MAX), AfterValidator(_storable_secret)] | None
+    ) = None
 
 
 class RefundRequest(Request):
@@ -155,12 +171,12 @@ class ListRequest(Request):
 
     status: Annotated[PaymentStatus | None, BeforeValidator(_upper_name)] = None
     payment_method: Annotated[PaymentMethod | None, BeforeValidator(_upper_name)] = None
-    user_id: Annotated[int, Field(ge=1, le=ID_MAX)] | None = None
+    user_id: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=ID_MAX)] | None = None
     created_from: Instant | None = None
     created_to: Instant | None = None
-    page: Annotated[int, Field(ge=1)] | None = None
-    page_size: Annotated[int, Field(ge=1, le=PAGE_SIZE_MAX)] = PAGE_SIZE_DEFAULT
-    cursor: Annotated[int, Field(ge=1, le=ID_MAX)] | None = None
+    page: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1)] | None = None
+    page_size: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=PAGE_SIZE_MAX)] = PAGE_SIZE_DEFAULT
+    cursor: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=ID_MAX)] | None = None
 
     @model_validator(mode="after")
     def _within_depth(self) -> Self:
@@ -191,12 +207,17 @@ def parse_json(body: bytes) -> object:
     try:
         return json.loads(
             body.decode("utf-8"),
-            parse_float=Decimal,
+            parse_int=_integer,
+            parse_float=_decimal,
             parse_constant=_refuse_constant,
             object_pairs_hook=_unique_names,
         )
-    except (ValueError, RecursionError, ArithmeticError) as error:
-        raise MalformedJson(f"The body is not valid JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise MalformedJson("The body is not UTF-8.") from None
+    except RecursionError:
+        raise MalformedJson("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise MalformedJson(f"The body is not valid JSON: {error}.") from None
 
 
 def parse_payment_id(text: str) -> int | None:
@@ -219,6 +240,19 @@ def _parse_id(text: str, field: str) -> int | None:
     if not stripped or len(stripped) > len(str(ID_MAX)) or int(stripped) > ID_MAX:
         return None
     return int(stripped)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > NUMBER_LENGTH_MAX:
+        raise ValueError(f"a number has more than {NUMBER_LENGTH_MAX} digits")
+    return int(digits)
+
+
+def _decimal(digits: str) -> Decimal:
+    try:
+        return Decimal(digits)
+    except InvalidOperation:
+        raise ValueError("a number has an exponent beyond reason") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

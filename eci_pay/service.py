@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +13,7 @@ from eci_pay.embedded import embedded_url
 from eci_pay.errors import Unavailable
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.simulated import SimulatedGateway
-from eci_pay.idempotency import KeyExpiry
+from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX, KeyExpiry
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
@@ -47,16 +47,20 @@ class PaymentService:
         """Raises Unavailable where the database does not answer."""
         await self.database.read("ping")
 
-    async def expire_keys_forever(self, interval_seconds: float) -> None:
-        """Deletes expired keys now and then, until it is cancelled."""
-        while True:
+    async def expire_keys_until(self, stopped: asyncio.Event, *, interval_seconds: float) -> None:
+        """Deletes expired keys now and then, a batch at a time, until it is stopped."""
+        while not stopped.is_set():
+            deleted = 0
             try:
-                deleted = await self.keys.delete()
-                if deleted:
-                    _log.info("deleted %d expired idempotency keys", deleted)
+                deleted = await self.keys.delete_batch()
             except Unavailable as error:
                 _log.warning("expired idempotency keys stay for now: %s", error)
-            await asyncio.sleep(interval_seconds)
+            if deleted:
+                _log.info("deleted %d expired idempotency keys", deleted)
+            if deleted < EXPIRE_BATCH_SIZE_MAX:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(interval_seconds):
+                        await stopped.wait()
 
 
 async def open_database(settings: Settings) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, Field, PositiveFloat, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from eci_pay.errors import SettingsInvalid
@@ -28,7 +28,10 @@ def _database_url(secret: SecretStr) -> SecretStr:
     return SecretStr(url)
 
 
-Seconds = PositiveFloat
+SECONDS_MAX = 86_400.0
+
+Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=SECONDS_MAX)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -54,9 +57,9 @@ class Settings(BaseSettings):
     """The most requests of one process that wait for a connection; the next is refused at once."""
     eci_pay_prepare_statements: bool = True
     """Whether statements are prepared; older PgBouncers cannot carry them in transaction mode."""
-    eci_pay_lock_timeout_seconds: float = Field(default=5.0, ge=0)
+    eci_pay_lock_timeout_seconds: SecondsOrZero = 5.0
     """The longest wait for a row lock; 0 sends no such option (a pooler may refuse it) and leaves it to the role."""
-    eci_pay_statement_timeout_seconds: float = Field(default=30.0, ge=0)
+    eci_pay_statement_timeout_seconds: SecondsOrZero = 30.0
     """The longest a statement may run; 0 as above."""
 
     eci_pay_send_deadline_seconds: Seconds = 30.0
@@ -71,9 +74,9 @@ class Settings(BaseSettings):
     eci_pay_expire_keys_interval_seconds: Seconds = 3600.0
     """How often `serve` deletes expired idempotency keys."""
 
-    eci_pay_simulated_latency_seconds: float = Field(default=0.0, ge=0)
+    eci_pay_simulated_latency_seconds: SecondsOrZero = 0.0
     """How long the simulated gateway takes to answer."""
-    eci_pay_simulated_slow_seconds: float = Field(default=2.0, ge=0)
+    eci_pay_simulated_slow_seconds: SecondsOrZero = 2.0
     """How long it takes for the amount that is slow, and before it gives up on those that time out."""
 
     def embedded_data_dir(self) -> Path:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,13 +39,15 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with open_service() as service:
-            expiry = asyncio.create_task(service.expire_keys_forever(settings.eci_pay_expire_keys_interval_seconds))
+            # Stopped by an event: on Python 3.11 a cancellation may be lost while a connection is waited for.
+            stopped = asyncio.Event()
+            interval_seconds = settings.eci_pay_expire_keys_interval_seconds
+            expiry = asyncio.create_task(service.expire_keys_until(stopped, interval_seconds=interval_seconds))
             try:
                 yield {"service": service, "service_name": settings.service_name}
             finally:
-                expiry.cancel()
-                with suppress(asyncio.CancelledError):
-                    await expiry
+                stopped.set()
+                await expiry
 
     app = Starlette(
         routes=ROUTES,

@@ -1,9 +1,10 @@
 -- Reserves refunds on their payments and records them as PROCESSING, in one statement.
 --
 -- One row per payment in a batch. Payments are locked first, in the order of charge_begin (order_id), and
--- tested on the locked row; a missing amount asks for all that is left. The CHECKs of payments refuse an
--- over-refund even if this text were wrong. As in charge_begin, whoever is missing was refused, and a
--- raced key makes the statement fail.
+-- tested on the locked row; a missing amount asks for all that is left. Every column that a CHECK combines is
+-- set from the locked row: PostgreSQL checks a new row that it made from the snapshot's before it finds that
+-- somebody was faster, so one that mixes both would be refused. The CHECKs refuse an over-refund even if this
+-- text were wrong. As in charge_begin, whoever is missing was refused, and a raced key makes the statement fail.
 WITH request AS (
     SELECT *
     FROM unnest(
@@ -27,11 +28,11 @@ admitted AS MATERIALIZED (
     )
 ),
 locked AS MATERIALIZED (
-    SELECT a.*, p.status, p.captured, p.refunded_amount, p.currency,
+    SELECT a.*, p.status, p.captured, p.refunded_amount, p.refund_pending, p.currency,
            coalesce(a.amount, p.captured - p.refunded_amount) AS refund_amount
     FROM (SELECT * FROM admitted ORDER BY order_id) a
     CROSS JOIN LATERAL (
-        SELECT status, amount AS captured, refunded_amount, currency
+        SELECT status, amount AS captured, refunded_amount, refund_pending, currency
         FROM payments
         WHERE payments.payment_id = a.payment_id
         FOR NO KEY UPDATE
@@ -39,8 +40,10 @@ locked AS MATERIALIZED (
 ),
 reserved AS (
     UPDATE payments p SET
-        refunded_amount = p.refunded_amount + l.refund_amount,
-        refund_pending = p.refund_pending + l.refund_amount,
+        amount = l.captured,
+        status = l.status,
+        refunded_amount = l.refunded_amount + l.refund_amount,
+        refund_pending = l.refund_pending + l.refund_amount,
         updated_at = l.at
     FROM locked l
     WHERE p.payment_id = l.payment_id

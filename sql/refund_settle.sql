@@ -3,6 +3,7 @@
 -- One row per payment in a batch. The payment is locked before its refund, and whether the payment is now
 -- fully refunded is computed from the locked row: a sum over refunds would be taken from a stale snapshot
 -- and lose the transition. A refund that is no longer PROCESSING is missing from the result.
+-- As in refund_begin, every column that a CHECK combines is set from the locked row.
 WITH settlement AS (
     SELECT *
     FROM unnest(
@@ -14,7 +15,7 @@ WITH settlement AS (
     )
 ),
 locked AS MATERIALIZED (
-    SELECT s.*, f.amount, p.amount AS captured,
+    SELECT s.*, f.amount, p.amount AS captured, p.refunded_amount, p.refund_pending,
            s.status = 'COMPLETED' AND p.refunded_amount = p.amount AND p.refund_pending = f.amount
                AS refunded_in_full
     FROM (SELECT * FROM settlement ORDER BY order_id) s
@@ -34,12 +35,13 @@ locked AS MATERIALIZED (
 ),
 applied AS (
     UPDATE payments p SET
-        refund_pending = p.refund_pending - l.amount,
+        amount = l.captured,
+        refund_pending = l.refund_pending - l.amount,
         refunded_amount = CASE
-            WHEN l.status = 'FAILED' THEN p.refunded_amount - l.amount
-            ELSE p.refunded_amount
+            WHEN l.status = 'FAILED' THEN l.refunded_amount - l.amount
+            ELSE l.refunded_amount
         END,
-        status = CASE WHEN l.refunded_in_full THEN 'REFUNDED' ELSE p.status END,
+        status = CASE WHEN l.refunded_in_full THEN 'REFUNDED' ELSE 'COMPLETED' END,
         updated_at = l.at
     FROM locked l
     WHERE p.payment_id = l.payment_id

@@ -8,7 +8,7 @@ CREATE TABLE payments (
     user_id bigint NOT NULL
         CONSTRAINT payments_user_id_positive CHECK (user_id > 0),
     amount numeric(10, 2) NOT NULL
-        CONSTRAINT payments_amount_positive CHECK (amount > 0),
+        CONSTRAINT payments_amount_positive CHECK (amount > 0 AND amount < 'NaN'),
     currency varchar(3) NOT NULL DEFAULT 'INR',
     payment_method varchar(20) NOT NULL
         CONSTRAINT payments_method_known CHECK (

@@ -7,7 +7,7 @@ CREATE TABLE transactions (
     transaction_type varchar(20) NOT NULL
         CONSTRAINT transactions_type_known CHECK (transaction_type IN ('PAYMENT', 'REFUND')),
     amount numeric(10, 2) NOT NULL
-        CONSTRAINT transactions_amount_positive CHECK (amount > 0),
+        CONSTRAINT transactions_amount_positive CHECK (amount > 0 AND amount < 'NaN'),
     status varchar(20) NOT NULL,
     description varchar(500),
     created_at timestamptz NOT NULL DEFAULT now(),
