@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import fasteners
@@ -23,7 +23,8 @@ from eci_pay.migrations import bundled_migrations, migrate
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from server.app import build_app
-from tests.support import Books, CommandLine, ManualClock, RecordingGateway, clone_database
+from tests.door import Door
+from tests.support import Books, CommandLine, ManualClock, Opener, RecordingGateway, Session, Sessions, clone_database
 
 SHARED_DIR = Path(tempfile.gettempdir()) / f"eci-pay-tests-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 """Kept between runs: its server is created once, and its template database once per set of migrations."""
@@ -100,6 +101,21 @@ async def books(database_url: str) -> AsyncIterator[Books]:
 
 
 @pytest.fixture
+async def sessions(database_url: str) -> AsyncIterator[Sessions]:
+    """Makes further sessions, each in a transaction from its first statement on."""
+    opened: list[Session] = []
+
+    async def connect() -> Session:
+        connection = await psycopg.AsyncConnection.connect(database_url, row_factory=dict_row)
+        opened.append(connection)
+        return connection
+
+    yield connect
+    for connection in opened:
+        await connection.close()
+
+
+@pytest.fixture
 def settings(database_url: str) -> Settings:
     """Settings of a service over the test's database, its waits short."""
     return Settings.model_validate(
@@ -131,6 +147,34 @@ async def service(
     """The use cases over the test's database."""
     async with payment_service(settings, database_url, gateway=gateway, clock=clock) as opened:
         yield opened
+
+
+@pytest.fixture
+def door(database_url: str) -> Door:
+    """The proxy between `far` and the database."""
+    return Door(database_url)
+
+
+@pytest.fixture
+def opened(settings: Settings, database_url: str, gateway: RecordingGateway, clock: ManualClock) -> Opener:
+    """Opens a service with another gateway, URL or settings."""
+
+    def open_service(
+        *, url: str = database_url, gateway: RecordingGateway = gateway, **changed: object
+    ) -> AbstractAsyncContextManager[PaymentService]:
+        return payment_service(settings.model_copy(update=changed), url, gateway=gateway, clock=clock)
+
+    return open_service
+
+
+@pytest.fixture
+async def far(door: Door, opened: Opener) -> AsyncIterator[PaymentService]:
+    """The use cases over a connection that the test can break."""
+    async with (
+        door.opened() as url,
+        opened(url=url, eci_pay_settle_retry_seconds=0.5, eci_pay_database_pool_timeout_seconds=0.5) as service,
+    ):
+        yield service
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from eci_pay.embedded import CLUSTER
-from tests.support import CommandLine
-from tests.test_serving import SLOW_AMOUNT, all_ended, begun_over_http, charge, serving, until
+from tests.support import CommandLine, until
+from tests.test_serving import SLOW_AMOUNT, all_ended, begun_over_http, charge, serving
 
 pytestmark = pytest.mark.xdist_group("embedded")
 

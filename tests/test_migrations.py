@@ -11,9 +11,8 @@ from psycopg.rows import dict_row
 from eci_pay import migrations
 from eci_pay.errors import MigrationError, SchemaOutdated, Unavailable
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
-from tests.support import CommandLine
+from tests.support import CommandLine, until
 from tests.test_schema import EVERYTHING, TABLES, new_database, schema_of
-from tests.test_serving import until
 
 ALL_TABLES = (*TABLES, "schema_migrations")
 NAMES = [migration.name for migration in bundled_migrations()]

@@ -5,7 +5,7 @@ import json
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +16,11 @@ import psutil
 import psycopg
 import pytest
 
-from tests.support import Books, CommandLine, RecordingGateway, charge_fields
+from tests.support import Books, CommandLine, RecordingGateway, charge_fields, until
 
 TIMEOUT_SECONDS = 15
 SLOW_SECONDS = 1.5
 SLOW_AMOUNT = "4000.10"
-
-
-async def until(condition: Callable[[], Awaitable[object]]) -> None:
-    """Waits for something that other processes do: there is no event for it."""
-    async with asyncio.timeout(TIMEOUT_SECONDS):
-        while not await condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 @dataclass

@@ -26,8 +26,15 @@ from eci_pay.requests import StatusUpdateRequest
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from eci_pay.views import PaymentView
-from tests.support import Books, ManualClock, RecordingGateway, charge_request, create_request, refund_request
-from tests.test_races import assert_books_are_true
+from tests.support import (
+    Books,
+    ManualClock,
+    RecordingGateway,
+    assert_books_are_true,
+    charge_request,
+    create_request,
+    refund_request,
+)
 
 ORDERS = range(3)
 DECLINED, UNKNOWN = Decimal("4000.02"), Decimal("4000.11")
