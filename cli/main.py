@@ -3,6 +3,9 @@
 Heavy modules load inside the commands that need them, so that `--help` stays quick.
 """
 
+import io
+import logging
+import os
 import sys
 from typing import NoReturn
 
@@ -19,6 +22,11 @@ EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.PaymentNotFound: 4,
     errors.Unavailable: 5,
 }
+
+EXIT_DEFECT = 70
+"""EX_SOFTWARE of sysexits.h: a defect of ours."""
+EXIT_OUTPUT_LOST = 74
+"""EX_IOERR: what was asked was done, but could not be printed."""
 
 app = typer.Typer(
     name="eci-pay",
@@ -38,10 +46,33 @@ def exit_code_of(error: errors.PayError) -> int:
 
 
 def main() -> NoReturn:
-    """Runs the command line."""
+    """Runs the command line. What nobody foresaw has exit codes of its own: 1 would mean "declined"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        output.note(f"error: the output could not be written: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or EXIT_OUTPUT_LOST
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
     except errors.PayError as error:
         output.print_error(error)
-        sys.exit(exit_code_of(error))
-    sys.exit(0)
+        return exit_code_of(error)
+    except OSError as error:
+        output.note(f"error: {error}")
+        return EXIT_OUTPUT_LOST
+    except Exception as error:  # a defect of ours: its class and words for the person, the rest for the log
+        logging.getLogger(__name__).debug("unexpected error", exc_info=error)
+        output.note(f"error: unexpected {type(error).__name__}: {error} (LOG_LEVEL=DEBUG tells more)")
+        return EXIT_DEFECT
+    return 0

@@ -1,6 +1,7 @@
 """Runs a use case from a synchronous command."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,4 +54,8 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
         async with payment_service(settings, url) as service:
             return await use(service)
 
-    return run(work())
+    result = run(work())
+    if hasattr(signal, "SIGPIPE"):
+        # Only output is left to do: a reader that has gone ends us as it ends every other program.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    return result

@@ -61,7 +61,7 @@ def declined(*, operation: str, payment_id: int, decline_code: str, message: str
         members={"payment_id": payment_id, "decline_code": decline_code},
     )
     body = json.dumps(document, ensure_ascii=False)
-    return Answer(status_code=HTTPStatus.PAYMENT_REQUIRED, body=body, payment_id=payment_id)
+    return Answer(status_code=int(HTTPStatus.PAYMENT_REQUIRED), body=body, payment_id=payment_id)
 
 
 def problem_of(error: PayError, status: int) -> dict[str, object]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import psycopg
 from psycopg import errors
 
-from eci_pay.database import Database, Row, arrays
+from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import ConnectionLost, Unavailable
 
 BEGIN_TRIES_MAX = 20
@@ -59,6 +59,7 @@ class Refused:
 
 
 BeginResult = Begun | Refused | Exception
+Then = Callable[[Connection, list[Row]], Awaitable[None]]
 
 
 def rounds(claims: Sequence[tuple[Hashable, ...]]) -> Iterator[list[int]]:
@@ -97,11 +98,15 @@ async def begin(
     statements: BeginStatements,
     rows: Sequence[BeginRow],
     parameters: Mapping[str, Any],
+    then: Then | None = None,
 ) -> list[BeginResult]:
-    """Begins every row; returns one result per row, in order, an exception in place of a failed row's."""
+    """Begins every row; returns one result per row, in order, an exception in place of a failed row's.
+
+    `then` is what belongs to the same commit, given the connection and the rows that have begun.
+    """
     results: dict[int, BeginResult] = {}
     for numbers in rounds([row.claims() for row in rows]):
-        outcome = await _begin_round(database, statements, [rows[number] for number in numbers], parameters)
+        outcome = await _begin_round(database, statements, [rows[number] for number in numbers], parameters, then)
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]
 
@@ -111,27 +116,30 @@ async def _begin_round(
     statements: BeginStatements,
     rows: Sequence[BeginRow],
     parameters: Mapping[str, Any],
+    then: Then | None,
 ) -> list[BeginResult]:
     """Runs the statement until each row has begun, was refused or has failed. What has begun is never run again."""
     results: dict[int, BeginResult] = {}
-    passes = _Passes(database, statements, parameters)
+    passes = _Passes(database, statements, parameters, then)
     failure: Exception = Unavailable("the request kept losing races for its key or order: try again")
     for _ in range(BEGIN_TRIES_MAX):
         waiting = [number for number in range(len(rows)) if number not in results]
         if not waiting:
             break
+        found: dict[int, BeginResult] = {}
         try:
-            found = await passes.run([rows[number] for number in waiting])
+            await passes.run([rows[number] for number in waiting], found)
         except Unavailable as error:
             failure = error
             break
         except psycopg.Error as error:
-            if len(waiting) == 1:
-                failure = error
+            failure = error
+            if len(waiting) - len(found) == 1:
                 break
-            for number in waiting:
-                (results[number],) = await _begin_round(database, statements, [rows[number]], parameters)
-        else:
+            for n, number in enumerate(waiting):
+                if n not in found:
+                    (results[number],) = await _begin_round(database, statements, [rows[number]], parameters, then)
+        finally:
             results.update({waiting[n]: result for n, result in found.items()})
     return [results.get(number, failure) for number in range(len(rows))]
 
@@ -139,26 +147,41 @@ async def _begin_round(
 class _Passes:
     """Runs a begin statement again and again, and remembers whether a connection was lost in between."""
 
-    def __init__(self, database: Database, statements: BeginStatements, parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, database: Database, statements: BeginStatements, parameters: Mapping[str, Any], then: Then | None
+    ) -> None:
         self._database = database
         self._statements = statements
         self._parameters = parameters
+        self._then = then
         self._connection_lost = False
 
-    async def run(self, rows: Sequence[BeginRow]) -> dict[int, BeginResult]:
-        """The rows, by number, that have begun or were refused. A row that is missing lost a race: it is free."""
+    async def run(self, rows: Sequence[BeginRow], results: dict[int, BeginResult]) -> None:
+        """Adds the rows, by number, that have begun or were refused, as soon as that is known: what has begun counts
+        even if this fails afterwards. A row that is missing in the end lost a race: it is free."""
         columns = arrays([row.columns() for row in rows])
-        results: dict[int, BeginResult] = {row["n"]: Begun(row) for row in await self._begun(columns)}
+        results.update({row["n"]: Begun(row) for row in await self._begun(columns)})
         if len(results) < len(rows):
             for row in await self._database.read(self._statements.refused, columns):
                 if row["n"] not in results and not rows[row["n"]].is_free(row):
                     results[row["n"]] = Refused(row)
-        return results
+
+    async def _execute(self, params: dict[str, Any]) -> list[Row]:
+        then = self._then
+        if then is None:
+            return await self._database.fetch(self._statements.begin, params)
+
+        async def work(connection: Connection) -> list[Row]:
+            rows = await fetch(connection, self._statements.begin, params)
+            await then(connection, rows)
+            return rows
+
+        return await self._database.transaction(work)
 
     async def _begun(self, columns: dict[str, list[Any]]) -> list[Row]:
         found: list[Row] = []
         try:
-            found = await self._database.fetch(self._statements.begin, {**columns, **self._parameters})
+            found = await self._execute({**columns, **self._parameters})
         except ConnectionLost:
             self._connection_lost = True
         except errors.NotNullViolation as error:

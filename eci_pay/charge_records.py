@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Any
 
 from eci_pay import identifiers
-from eci_pay.answers import Answer
+from eci_pay.answers import Answer, created
 from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
-from eci_pay.database import Database, Row, arrays
-from eci_pay.idempotency import KEY_LIFETIME, Claim, is_expired
+from eci_pay.database import Connection, Database, Row, arrays
+from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.payments import views_of
 from eci_pay.requests import CreateRequest
 
 _STATEMENTS = BeginStatements(begin="charge_begin", begun="charge_begun", refused="charge_refused")
@@ -138,9 +139,27 @@ class ChargeSettlement:
 
 async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
     """Records every row or tells why not, in order. All rows must agree on `takes_over`."""
-    takes_over = {row.takes_over for row in rows}
-    assert len(takes_over) == 1, "creations and charges are separate batches"
-    return await begin(database, _STATEMENTS, rows, {"takes_over": takes_over.pop()})
+    return await begin(database, _STATEMENTS, rows, {"takes_over": _takes_over(rows)})
+
+
+async def record_pending(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
+    """As `begin_charges`, for payments that ask no gateway: the answers of their keys are in the same commit.
+
+    What has begun has its `answer` beside its columns, unless that was lost with a connection.
+    """
+
+    async def answer(connection: Connection, begun: list[Row]) -> None:
+        views = await views_of(connection, [row["payment_id"] for row in begun])
+        for row in begun:
+            row["answer"] = created(views[row["payment_id"]])
+        finishes = [
+            Finish(key_id=row["key_id"], begin_id=row["begin_id"], answer=row["answer"])
+            for row in begun
+            if row["key_id"] is not None
+        ]
+        await finish(connection, finishes)
+
+    return await begin(database, _STATEMENTS, rows, {"takes_over": _takes_over(rows)}, answer)
 
 
 async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -> list[bool | Exception]:
@@ -160,3 +179,9 @@ async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -
         outcome = await settle([rows[number] for number in numbers], run)
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]
+
+
+def _takes_over(rows: Sequence[ChargeBegin]) -> bool:
+    decisions = {row.takes_over for row in rows}
+    assert len(decisions) == 1, "creations and charges are separate batches"
+    return decisions.pop()

@@ -6,8 +6,7 @@ commit). From begin on it runs to its end, whoever stops waiting. Once the gatew
 the outcome, or 202 where it is not known or could not be booked; never that it failed.
 """
 
-import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -15,19 +14,17 @@ from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
-from eci_pay.batches import Begun, Refused
-from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, settle_charges
+from eci_pay.batches import BeginResult, Begun, Refused
+from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
 from eci_pay.database import Database, Row
 from eci_pay.errors import Conflict, InvalidState, OrderAlreadyPaid, OrderExists, OrderInProgress, Unavailable
 from eci_pay.gateways import Approved, Declined, Gateway, GatewayCharge, Outcome, Unknown
-from eci_pay.idempotency import Claim
+from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.requests import ChargeRequest, CreateRequest
 from eci_pay.views import PaymentView, TransactionView
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +69,11 @@ class Charges:
     async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
         if request.payment_method is PaymentMethod.COD:
             return await self._record_pending(self._charge_begin(request, claim))
-        attempt = await self._begin(self._charge_begin(request, claim))
-        if isinstance(attempt, Answer):
-            return attempt
+        begin = self._charge_begin(request, claim)
+        row = await self._begun(begin, begin_charges)
+        if isinstance(row, Answer):
+            return row
+        attempt = await self._attempt(begin, row)
         try:
             outcome = await self._ask_gateway(attempt, request)
         except Unavailable as error:
@@ -83,10 +82,15 @@ class Charges:
         return await self._settle(attempt, outcome)
 
     async def _record_pending(self, begin: ChargeBegin) -> Answer:
-        attempt = await self._begin(begin)
-        if isinstance(attempt, Answer):
-            return attempt
-        return await self.phases.finish(attempt.key_id, answers.created(attempt.view))
+        """A payment that asks no gateway: recorded and answered in one commit."""
+        row = await self._begun(begin, record_pending)
+        if isinstance(row, Answer):
+            return row
+        if "answer" in row:
+            told: Answer = row["answer"]
+            return told
+        stored = row["key_id"] and await idempotency.read_answer(self.database, row["key_id"])
+        return stored or answers.created(await self.payments.by_id(row["payment_id"]))
 
     def _charge_begin(self, request: ChargeRequest, claim: Claim) -> ChargeBegin:
         cash = request.payment_method is PaymentMethod.COD
@@ -99,12 +103,12 @@ class Charges:
             at=self.clock(),
         )
 
-    async def _begin(self, begin: ChargeBegin) -> Attempt | Answer:
-        """The attempt, or the answer of a key that was used before."""
-        result = (await begin_charges(self.database, [begin]))[0]
+    async def _begun(self, begin: ChargeBegin, record: Callable[..., Awaitable[list[BeginResult]]]) -> Row | Answer:
+        """What was recorded, or the answer of a key that was used before."""
+        result = (await record(self.database, [begin]))[0]
         match result:
             case Begun(row):
-                return await self._attempt(begin, row)
+                return row
             case Refused(row):
                 return await self._refusal(begin, row)
             case Exception():
@@ -124,7 +128,7 @@ class Charges:
         # A payment that was taken over has a history, which only a snapshot younger than begin shows whole.
         try:
             return replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
-        except Unavailable as error:
+        except Exception as error:
             await self._give_up(attempt, error)
             raise
 
@@ -134,12 +138,19 @@ class Charges:
             raise _order_conflict(begin, found)
         if answer := idempotency.recorded_answer(found, begin.claim):
             return answer
-        view = await self.payments.by_id(found["key_payment_id"])
-        if view.status is not PaymentStatus.PROCESSING:
-            return await self.phases.finish_for_another(found["key_id"], _answer_of(view, begin))
-        if idempotency.is_marked_unknown(found):
+        view, latest_begin_id = await self.payments.with_begin_id(found["key_payment_id"])
+        if latest_begin_id != found["key_begin_id"]:
+            # Another request has taken the payment over: what became of it is not this key's answer.
+            raise _order_conflict(begin, found)
+        if view.status is PaymentStatus.PROCESSING and idempotency.is_marked_unknown(found):
             return answers.unknown(view)
-        raise idempotency.refuse_in_flight(view.payment_id)
+        answer = None
+        if view.status is not PaymentStatus.PROCESSING:
+            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=_answer_of(view, begin))
+            answer = await self.phases.finish_for_another(finish)
+        if answer is None:
+            raise idempotency.refuse_in_flight(view.payment_id)
+        return answer
 
     async def _ask_gateway(self, attempt: Attempt, request: ChargeRequest) -> Outcome:
         token = request.payment_token
@@ -175,13 +186,11 @@ class Charges:
         stored = attempt.key_id and await idempotency.read_answer(self.database, attempt.key_id)
         return stored or answers.unknown(await self.payments.by_id(attempt.view.payment_id))
 
-    async def _give_up(self, attempt: Attempt, error: Unavailable) -> None:
+    async def _give_up(self, attempt: Attempt, error: Exception) -> None:
         """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
-        declined = Declined(code="not_sent", message=error.detail)
+        declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
         settlement = _settlement(attempt, declined, self.clock(), releases_key=True)
-        settled = (await settle_charges(self.database, [settlement]))[0]
-        if isinstance(settled, Exception):
-            _log.error("payment %d was not sent and stays PROCESSING", attempt.view.payment_id, exc_info=settled)
+        await self.phases.book(lambda: self._book(attempt, settlement))
 
 
 def charge_key(transaction_id: str, attempt: int) -> str:

@@ -4,6 +4,7 @@ Connections are in autocommit: a single statement is a transaction of its own an
 is kept in a session between statements, so it works behind a pooler in transaction mode.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ Connection = AsyncConnection[DictRow]
 Params = Mapping[str, Any]
 
 CONNECT_TIMEOUT_SECONDS = 5
+STATEMENT_MAX_SECONDS = 60.0
+"""How long a statement may take where the settings leave that to the role."""
+ANSWER_MARGIN_SECONDS = 5.0
+"""How much later than its statement_timeout a server may answer before its connection is given up."""
 CONFLICT_TRIES_MAX = 6
 """How often a transaction is run before its serialization failures or deadlocks are passed on."""
 READ_TRIES_MAX = 3
@@ -33,13 +38,20 @@ READ_TRIES_MAX = 3
 _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
 _BUSY = (errors.LockNotAvailable, errors.QueryCanceled)
 _SCHEMA = (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction)
-_OUT_OF_ORDER = (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction)
+_OUT_OF_ORDER = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    errors.ReadOnlySqlTransaction,
+    errors.InsufficientPrivilege,
+)
 
 
 class Database:
     """One pool of one process. Every method raises Unavailable where the database cannot be reached."""
 
     def __init__(self, url: str, settings: Settings) -> None:
+        statement_seconds = settings.eci_pay_statement_timeout_seconds or STATEMENT_MAX_SECONDS
+        self._limit_seconds = statement_seconds + ANSWER_MARGIN_SECONDS
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             connection_info(url, settings),
             connection_class=AsyncConnection[DictRow],
@@ -135,9 +147,13 @@ class Database:
         except (PoolTimeout, TooManyRequests, PoolClosed) as error:
             raise Unavailable(f"the database cannot be reached: {error}") from error
         try:
-            return await work(connection)
+            async with asyncio.timeout(self._limit_seconds):
+                return await work(connection)
         except _CONFLICTS:
             raise
+        except TimeoutError as error:
+            # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
+            raise ConnectionLost(f"the database did not answer within {self._limit_seconds:.0f} s") from error
         except _BUSY as error:
             raise Unavailable(f"the database is busy: {error}") from error
         except _SCHEMA as error:
@@ -175,7 +191,8 @@ def connection_info(url: str, settings: Settings) -> str:
         "lock_timeout": settings.eci_pay_lock_timeout_seconds,
         "statement_timeout": settings.eci_pay_statement_timeout_seconds,
     }
-    options = " ".join(f"-c {name}={round(value * 1000)}" for name, value in limits.items() if value)
+    given = conninfo_to_dict(url)
+    options = [f"-c {name}={max(1, round(value * 1000))}" for name, value in limits.items() if value]
     defaults: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "application_name": settings.service_name,
@@ -184,9 +201,10 @@ def connection_info(url: str, settings: Settings) -> str:
         "keepalives_count": 3,
         "tcp_user_timeout": 30_000,
     }
-    if options:
-        defaults["options"] = options
-    return make_conninfo("", **{**defaults, **conninfo_to_dict(url)})
+    # What the URL says comes last, and so counts.
+    if all_options := " ".join([*options, str(given.get("options", ""))]).strip():
+        given["options"] = all_options
+    return make_conninfo("", **{**defaults, **given})
 
 
 async def connect(url: str) -> Connection:

@@ -159,7 +159,7 @@ class IdempotencyKeyInFlight(Conflict):
 
 
 class Unavailable(PayError):
-    """The service is unavailable; nothing was sent, so it is safe to try again"""
+    """The service is unavailable"""
 
     code = "unavailable"
 

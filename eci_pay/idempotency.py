@@ -65,7 +65,8 @@ def parse_key(raw: str | None) -> str:
 
 def request_hash(operation: str, request: Request) -> str:
     """SHA-256 of the validated request and its operation: equal for requests that ask for the same."""
-    fields = request.model_dump(mode="json")
+    # What is left out does not count, so that a field that a later release adds changes no hash.
+    fields = request.model_dump(mode="json", exclude_none=True)
     if isinstance(request, ChargeRequest) and request.payment_token is not None:
         # Another card is another request, though what the token says must not be found in the hash's source.
         token = request.payment_token.get_secret_value()
@@ -109,6 +110,7 @@ class Finish:
     """An answer to store under a key. A released key is finished and expired at once: used anew, not replayed."""
 
     key_id: int
+    begin_id: str
     answer: Answer
     releases: bool = False
 
@@ -116,7 +118,7 @@ class Finish:
 async def finish(connection: Connection, finishes: Sequence[Finish]) -> dict[int, Answer]:
     """Stores answers in the transaction of the connection; returns what each key holds now.
 
-    Where somebody finished a key before, that is theirs.
+    Where somebody finished a key before, that is theirs. A key that was released or claimed anew is missing.
     """
     if not finishes:
         return {}
@@ -125,12 +127,13 @@ async def finish(connection: Connection, finishes: Sequence[Finish]) -> dict[int
         "keys_finish",
         {
             "key_id": [Int8(finish.key_id) for finish in finishes],
+            "begin_id": [finish.begin_id for finish in finishes],
             "response_body": [finish.answer.body for finish in finishes],
             "status_code": [Int8(finish.answer.status_code) for finish in finishes],
             "releases_key": [finish.releases for finish in finishes],
         },
     )
-    return {row["id"]: _stored_answer(row) for row in rows}
+    return {row["id"]: _stored_answer(row) for row in rows if not row["released"]}
 
 
 async def read_answer(database: Database, key_id: int) -> Answer | None:

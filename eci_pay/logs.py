@@ -15,6 +15,7 @@ def configure_logs(level: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
+        _drop_colours,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _add_request_id,
     ]
@@ -33,6 +34,12 @@ def configure_logs(level: str) -> None:
     root.setLevel(level)
     for noisy in ("psycopg.pool", "asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
+
+
+def _drop_colours(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Uvicorn repeats its messages with escape codes."""
+    event.pop("color_message", None)
+    return event
 
 
 def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

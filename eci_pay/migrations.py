@@ -88,13 +88,13 @@ def bundled_migrations(directory: Traversable | None = None) -> list[Migration]:
 
 async def migration_states(url: str, migrations: list[Migration]) -> list[MigrationState]:
     """Every migration of this release and of the database, with what is wrong with it."""
-    async with await connect(url) as connection:
+    async with _connected(url) as connection:
         return await _states(connection, migrations)
 
 
 async def migrate(url: str, migrations: list[Migration]) -> list[Migration]:
     """Applies what is pending and returns it. Raises MigrationError, naming the file, and Unavailable."""
-    async with await connect(url) as connection, _exclusively(connection):
+    async with _connected(url) as connection, _exclusively(connection):
         await connection.execute(_CREATE_RECORD)
         pending = await _pending(connection, migrations)
         for migration in pending:
@@ -104,7 +104,7 @@ async def migrate(url: str, migrations: list[Migration]) -> list[Migration]:
 
 async def pending_migrations(url: str, migrations: list[Migration]) -> list[Migration]:
     """What `migrate` would apply; raises MigrationError as it would."""
-    async with await connect(url) as connection:
+    async with _connected(url) as connection:
         return await _pending(connection, migrations)
 
 
@@ -129,7 +129,7 @@ async def load_sample_data(url: str) -> int:
 
     Raises MigrationError where there are payments already.
     """
-    async with await connect(url) as connection, connection.transaction():
+    async with _connected(url) as connection, connection.transaction():
         await connection.execute(b"LOCK TABLE payments IN SHARE ROW EXCLUSIVE MODE")
         cursor = await connection.execute(b"SELECT EXISTS (SELECT FROM payments) AS taken")
         row = await cursor.fetchone()
@@ -139,6 +139,15 @@ async def load_sample_data(url: str) -> int:
         cursor = await connection.execute(b"SELECT count(*) AS loaded FROM payments")
         row = await cursor.fetchone()
         return 0 if row is None else int(row["loaded"])
+
+
+@asynccontextmanager
+async def _connected(url: str) -> AsyncIterator[Connection]:
+    async with await connect(url) as connection:
+        try:
+            yield connection
+        except psycopg.Error as error:
+            raise Unavailable(f"the database refuses: {error}") from error
 
 
 async def _states(connection: Connection, migrations: list[Migration]) -> list[MigrationState]:

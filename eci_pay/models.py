@@ -157,6 +157,7 @@ class IdempotencyKey(SQLModel, table=True):
     payment_id: int | None = _payment_id(default=None, nullable=True)
     refund_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="refunds.refund_id")
     request_hash: str = Field(max_length=64)
+    begin_id: str | None = Field(default=None, max_length=50)
     response_body: str | None = Field(default=None, sa_type=Text)
     status_code: int | None = None
     created_at: datetime = _instant()

@@ -27,14 +27,21 @@ class Payments:
         """The payment with this id; None is the id of no payment."""
         rows = [] if payment_id is None else await self._database.read("payments_by_id", _ids(payment_id))
         if not rows:
-            raise PaymentNotFound(f"there is no payment {payment_id or 'with this id'}")
+            raise PaymentNotFound(
+                "there is no payment with this id" if payment_id is None else f"there is no payment {payment_id}"
+            )
         return PaymentView.of_row(rows[0])
+
+    async def with_begin_id(self, payment_id: int) -> tuple[PaymentView, str | None]:
+        """The payment and the `begin_id` of its latest attempt, in one snapshot."""
+        rows = await self._database.read("payments_by_id", _ids(payment_id))
+        return PaymentView.of_row(rows[0]), rows[0]["begin_id"]
 
     async def by_order(self, order_id: int | None) -> PaymentView:
         """The one payment of an order."""
         found = await self._located("payment_id_of_order", {"order_id": order_id})
         if found is None:
-            raise PaymentNotFound(f"order {order_id or 'with this id'} has no payment")
+            raise PaymentNotFound("no order has this id" if order_id is None else f"order {order_id} has no payment")
         return await self.by_id(found)
 
     async def by_transaction(self, transaction_id: str) -> PaymentView:

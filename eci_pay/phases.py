@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, assert_never
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -30,11 +30,13 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phases:
     """`send_deadline` is how long after its begin a request may still be sent: recovery takes an operation for never
-    sent after a grace period of more than twice that. `settle_retry_seconds` bounds the booking."""
+    sent after a grace period of more than twice that. `gateway_timeout_seconds` bounds the wait for an answer,
+    `settle_retry_seconds` its booking."""
 
     database: Database
     clock: Callable[[], datetime]
     send_deadline: timedelta
+    gateway_timeout_seconds: float
     settle_retry_seconds: float
     _tasks: set[asyncio.Task[Answer]] = field(default_factory=set)
 
@@ -56,7 +58,10 @@ class Phases:
         if self.clock() - begun_at > self.send_deadline:
             raise Unavailable("it took too long to reach the gateway; nothing was sent")
         try:
-            return _fitted(await send())
+            async with asyncio.timeout(self.gateway_timeout_seconds):
+                return _fitted(await send())
+        except TimeoutError:
+            return Unknown(message="The gateway did not answer in time.")
         except GatewayUnavailable as error:
             raise Unavailable(f"the gateway cannot be reached; nothing was sent: {error}") from error
         except Exception:  # whatever broke in the adapter, the request may have been sent
@@ -84,17 +89,14 @@ class Phases:
             _log.exception("what the gateway answered could not be booked")
             return None
 
-    async def finish(self, key_id: int | None, answer: Answer) -> Answer:
-        """Stores the answer under the key, if there is one; returns what the key holds now."""
-        if key_id is None:
-            return answer
-        finishes = [Finish(key_id=key_id, answer=answer)]
-        stored = await self.database.transaction(lambda connection: idempotency.finish(connection, finishes))
-        return stored.get(key_id, answer)
+    async def finish_for_another(self, finish: Finish) -> Answer | None:
+        """Finishes a key that its first request has left; the answer it holds now, a replay for this request.
 
-    async def finish_for_another(self, key_id: int, answer: Answer) -> Answer:
-        """Finishes a key whose first request has not: for this request, its answer is a replay."""
-        return replace(await self.finish(key_id, answer), replayed=True)
+        None where the first request has released the key in the meantime, or another has claimed it anew.
+        """
+        stored = await self.database.transaction(lambda connection: idempotency.finish(connection, [finish]))
+        answer = stored.get(finish.key_id)
+        return answer and replace(answer, replayed=True)
 
     async def mark_unknown(self, key_id: int | None) -> None:
         """Lets replays of the key answer 202. If that fails, they answer "in flight", which is no less true."""
@@ -102,8 +104,8 @@ class Phases:
             return
         try:
             await idempotency.mark_unknown(self.database, key_id)
-        except Unavailable:
-            _log.warning("idempotency key %d stays in flight", key_id)
+        except Exception:  # the gateway was asked: the caller is told 202 whatever happens here
+            _log.exception("idempotency key %d stays in flight", key_id)
 
 
 def _fitted(outcome: Outcome) -> Outcome:
@@ -123,6 +125,8 @@ def _fitted(outcome: Outcome) -> Outcome:
             )
         case Unknown():
             return outcome
+        case _:
+            assert_never(outcome)
 
 
 def _text(text: str, length_max: int) -> str:

@@ -103,6 +103,7 @@ class RefundSettlement:
     description: str
     at: datetime
     key_id: int | None
+    begin_id: str
     answer: Callable[[PaymentView], Answer]
     releases_key: bool = False
 
@@ -151,9 +152,10 @@ async def _settle(connection: Connection, rows: Sequence[RefundSettlement]) -> l
     views = await views_of(connection, [row.payment_id for row in applied.values()])
     told = {refund_id: row.answer(views[row.payment_id]) for refund_id, row in applied.items()}
     finishes = [
-        Finish(key_id=row.key_id, answer=told[refund_id], releases=row.releases_key)
+        Finish(key_id=row.key_id, begin_id=row.begin_id, answer=told[refund_id], releases=row.releases_key)
         for refund_id, row in applied.items()
         if row.key_id is not None
     ]
-    await finish(connection, finishes)
-    return [told.get(row.refund_id) for row in rows]
+    stored = await finish(connection, finishes)
+    by_refund = {row.refund_id: stored.get(row.key_id) for row in applied.values() if row.key_id is not None}
+    return [by_refund.get(row.refund_id) or told.get(row.refund_id) for row in rows]

@@ -5,7 +5,6 @@ It has the phases of a charge: *begin* reserves the amount on the payment (one c
 was captured. A payment that no gateway captured is refunded without one.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,15 +17,13 @@ from eci_pay.charges import charge_key
 from eci_pay.database import Database, Row
 from eci_pay.errors import PaymentNotFound, Unavailable
 from eci_pay.gateways import Approved, Declined, Gateway, GatewayRefund, Outcome, Unknown
-from eci_pay.idempotency import Claim
+from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.refund_records import RefundBegin, RefundSettlement, begin_refunds, settle_refunds
 from eci_pay.requests import RefundRequest
-from eci_pay.views import PaymentView
-
-_log = logging.getLogger(__name__)
+from eci_pay.views import PaymentView, RefundView
 
 _NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
 
@@ -65,7 +62,7 @@ class Refunds:
             # Read before the gateway is asked: after that, the caller is told 202 even if the database is away.
             view = await self.payments.by_id(payment_id)
             outcome = await self._ask_gateway(refund, begin.at)
-        except Unavailable as error:
+        except Exception as error:
             await self._give_up(refund, error)
             raise
         return await self._settle(refund, outcome, view)
@@ -91,16 +88,15 @@ class Refunds:
             return answer
         view = await self.payments.by_id(found["key_payment_id"])
         refund = next(refund for refund in view.refunds if refund.refund_id == found["key_refund_id"])
-        if refund.status is RefundStatus.COMPLETED:
-            return await self.phases.finish_for_another(found["key_id"], answers.ok(view))
-        if refund.status is RefundStatus.FAILED:
-            message = refund.gateway_response or "The refund failed."
-            return await self.phases.finish_for_another(
-                found["key_id"], _declined(view.payment_id, "declined", message)
-            )
-        if idempotency.is_marked_unknown(found):
+        if refund.status is RefundStatus.PROCESSING and idempotency.is_marked_unknown(found):
             return answers.unknown(view)
-        raise idempotency.refuse_in_flight(view.payment_id)
+        answer = None
+        if refund.status is not RefundStatus.PROCESSING:
+            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=_answer_of(view, refund))
+            answer = await self.phases.finish_for_another(finish)
+        if answer is None:
+            raise idempotency.refuse_in_flight(view.payment_id)
+        return answer
 
     async def _ask_gateway(self, refund: Row, begun_at: datetime) -> Outcome:
         if refund["captured_at"] is None:
@@ -135,13 +131,18 @@ class Refunds:
         stored = settlement.key_id and await idempotency.read_answer(self.database, settlement.key_id)
         return stored or settlement.answer(await self.payments.by_id(settlement.payment_id))
 
-    async def _give_up(self, refund: Row, error: Unavailable) -> None:
+    async def _give_up(self, refund: Row, error: Exception) -> None:
         """Releases a refund that was never sent, and frees its key for the caller's next try."""
-        declined = Declined(code="not_sent", message=error.detail)
+        declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
         settlement = _settlement(refund, declined, self.clock(), releases_key=True)
-        settled = (await settle_refunds(self.database, [settlement]))[0]
-        if isinstance(settled, Exception):
-            _log.error("refund %d was not sent and stays PROCESSING", refund["refund_id"], exc_info=settled)
+        await self.phases.book(lambda: self._book(settlement))
+
+
+def _answer_of(view: PaymentView, refund: RefundView) -> Answer:
+    """The answer to a request whose key was left unfinished, by what has become of its refund."""
+    if refund.status is RefundStatus.COMPLETED:
+        return answers.ok(view)
+    return _declined(view.payment_id, "declined", refund.gateway_response or "The refund failed.")
 
 
 def _settlement(
@@ -169,6 +170,7 @@ def _settlement(
         description=description,
         at=at,
         key_id=refund["key_id"],
+        begin_id=refund["begin_id"],
         answer=answer,
         releases_key=releases_key,
     )

@@ -275,6 +275,10 @@ _MESSAGES: Mapping[str, str] = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "string_type": "must be a string",
+    "string_too_short": "is too short",
+    "string_too_long": "is too long",
+    "too_short": "must not be empty",
+    "too_long": "is too long",
 }
 
 

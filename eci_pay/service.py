@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from eci_pay.charges import Charges
 from eci_pay.database import Database
 from eci_pay.embedded import embedded_url
-from eci_pay.errors import Unavailable
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.simulated import SimulatedGateway
 from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX, KeyExpiry
@@ -53,8 +52,8 @@ class PaymentService:
             deleted = 0
             try:
                 deleted = await self.keys.delete_batch()
-            except Unavailable as error:
-                _log.warning("expired idempotency keys stay for now: %s", error)
+            except Exception:  # whatever it is, it must not end the task: the next round tries again
+                _log.exception("expired idempotency keys stay for now")
             if deleted:
                 _log.info("deleted %d expired idempotency keys", deleted)
             if deleted < EXPIRE_BATCH_SIZE_MAX:
@@ -97,6 +96,7 @@ async def payment_service(
         database=database,
         clock=clock,
         send_deadline=timedelta(seconds=settings.eci_pay_send_deadline_seconds),
+        gateway_timeout_seconds=settings.eci_pay_gateway_timeout_seconds,
         settle_retry_seconds=settings.eci_pay_settle_retry_seconds,
     )
     await database.open()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from eci_pay.errors import SettingsInvalid
@@ -42,7 +42,7 @@ class Settings(BaseSettings):
 
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
     """Where the books are; unset means the embedded PostgreSQL."""
-    log_level: LogLevel = "INFO"
+    log_level: Annotated[LogLevel, BeforeValidator(lambda value: str(value).upper())] = "INFO"
     service_name: str = "payment-service"
 
     eci_pay_data_dir: Path | None = None
@@ -64,6 +64,8 @@ class Settings(BaseSettings):
 
     eci_pay_send_deadline_seconds: Seconds = 30.0
     """After begin, how late a request may still be sent to the gateway."""
+    eci_pay_gateway_timeout_seconds: Seconds = 30.0
+    """How long the gateway's answer is waited for; then the outcome is unknown."""
     eci_pay_settle_retry_seconds: Seconds = 10.0
     """How long settle is tried again while the database is away; then the caller is told 202."""
 
@@ -96,6 +98,9 @@ class Settings(BaseSettings):
 
 def load_settings() -> Settings:
     """The settings of this process; raises SettingsInvalid with one line per fault."""
+    if os.environ.get("DATABASE_URL") == "":
+        # A secret that did not arrive must not end in a private embedded ledger.
+        raise SettingsInvalid(("DATABASE_URL: is set but empty: unset it to use the embedded PostgreSQL",))
     try:
         return Settings()
     except ValidationError as error:

@@ -6,7 +6,7 @@ HERE="$(cd "$(dirname "$0")" && pwd)"
 LOG="$(mktemp)"
 START_TIMEOUT_SECONDS=60
 
-eci-pay serve --port 0 2>"$LOG" &
+LOG_LEVEL=INFO eci-pay serve --port 0 2>"$LOG" &
 SERVER=$!
 trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null; rm -f "$LOG"' EXIT
 

@@ -62,7 +62,7 @@ written AS (
     WHERE %(takes_over)s::boolean
       AND p.status IN ('FAILED', 'PENDING')
       AND NOT (p.status = 'PENDING' AND p.payment_method = 'COD' AND EXCLUDED.payment_method = 'COD')
-    RETURNING p.payment_id, p.order_id, p.transaction_id, p.attempt, p.created_at
+    RETURNING p.payment_id, p.order_id, p.begin_id, p.transaction_id, p.attempt, p.created_at
 ),
 audited AS (
     INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
@@ -74,9 +74,9 @@ audited AS (
 ),
 claimed AS (
     INSERT INTO idempotency_keys AS k (
-        idempotency_key, caller, payment_id, request_hash, created_at, expires_at
+        idempotency_key, caller, payment_id, request_hash, begin_id, created_at, expires_at
     )
-    SELECT a.idempotency_key, a.caller, w.payment_id, a.request_hash, a.at, a.expires_at
+    SELECT a.idempotency_key, a.caller, w.payment_id, a.request_hash, a.begin_id, a.at, a.expires_at
     FROM written w
     JOIN admitted a USING (order_id)
     WHERE a.idempotency_key IS NOT NULL
@@ -85,6 +85,7 @@ claimed AS (
         payment_id = EXCLUDED.payment_id,
         refund_id = NULL,
         request_hash = EXCLUDED.request_hash,
+        begin_id = EXCLUDED.begin_id,
         response_body = NULL,
         status_code = NULL,
         created_at = EXCLUDED.created_at,
@@ -94,7 +95,7 @@ claimed AS (
         END
     RETURNING k.id, k.payment_id
 )
-SELECT a.n, w.payment_id, w.transaction_id, w.attempt, w.created_at,
+SELECT a.n, w.payment_id, w.begin_id, w.transaction_id, w.attempt, w.created_at,
        t.transaction_log_id AS begin_log_id,
        nextval('transactions_transaction_log_id_seq') AS settle_log_id,
        c.id AS key_id

@@ -1,5 +1,5 @@
 -- Finds the begins that were committed although their connection was lost, in the shape of charge_begin.
-SELECT r.n, p.payment_id, p.transaction_id, p.attempt, p.created_at,
+SELECT r.n, p.payment_id, p.begin_id, p.transaction_id, p.attempt, p.created_at,
        (
            SELECT max(t.transaction_log_id)
            FROM transactions t

@@ -1,6 +1,6 @@
 -- Tells why charge_begin left requests out: the state of their key and of their order's payment.
 SELECT r.n, k.id AS key_id, k.request_hash, k.response_body, k.status_code, k.expires_at,
-       k.payment_id AS key_payment_id, k.refund_id AS key_refund_id,
+       k.payment_id AS key_payment_id, k.refund_id AS key_refund_id, k.begin_id AS key_begin_id,
        p.payment_id, p.status, p.payment_method
 FROM unnest(
     %(n)s::bigint[], %(order_id)s::bigint[], %(idempotency_key)s::text[], %(caller)s::text[]

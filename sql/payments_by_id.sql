@@ -3,6 +3,7 @@
 SELECT p.payment_id, p.order_id, p.user_id, p.amount, p.currency, p.payment_method, p.status,
        p.transaction_id, p.reference, p.authorization_code, p.gateway_response, p.created_at,
        p.updated_at, p.completed_at, p.captured_at, p.attempt, p.refunded_amount, p.refund_pending,
+       p.begin_id,
        coalesce((
            SELECT json_agg(json_build_object(
                'transaction_log_id', t.transaction_log_id,

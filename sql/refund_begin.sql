@@ -70,9 +70,9 @@ audited AS (
 ),
 claimed AS (
     INSERT INTO idempotency_keys AS k (
-        idempotency_key, caller, payment_id, refund_id, request_hash, created_at, expires_at
+        idempotency_key, caller, payment_id, refund_id, request_hash, begin_id, created_at, expires_at
     )
-    SELECT l.idempotency_key, l.caller, l.payment_id, f.refund_id, l.request_hash, l.at, l.expires_at
+    SELECT l.idempotency_key, l.caller, l.payment_id, f.refund_id, l.request_hash, l.begin_id, l.at, l.expires_at
     FROM recorded f
     JOIN locked l USING (payment_id)
     WHERE l.idempotency_key IS NOT NULL
@@ -81,6 +81,7 @@ claimed AS (
         payment_id = EXCLUDED.payment_id,
         refund_id = EXCLUDED.refund_id,
         request_hash = EXCLUDED.request_hash,
+        begin_id = EXCLUDED.begin_id,
         response_body = NULL,
         status_code = NULL,
         created_at = EXCLUDED.created_at,
@@ -90,7 +91,7 @@ claimed AS (
         END
     RETURNING k.id, k.refund_id
 )
-SELECT l.n, l.payment_id, l.order_id, f.refund_id, l.refund_amount AS amount, l.currency,
+SELECT l.n, l.payment_id, l.order_id, l.begin_id, f.refund_id, l.refund_amount AS amount, l.currency,
        r.transaction_id, r.attempt, r.payment_method, r.captured_at, c.id AS key_id
 FROM reserved r
 JOIN locked l USING (n)

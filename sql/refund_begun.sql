@@ -1,5 +1,5 @@
 -- Finds the refunds that were committed although their connection was lost, in the shape of refund_begin.
-SELECT r.n, p.payment_id, p.order_id, f.refund_id, f.amount, p.currency,
+SELECT r.n, p.payment_id, p.order_id, f.begin_id, f.refund_id, f.amount, p.currency,
        p.transaction_id, p.attempt, p.payment_method, p.captured_at, k.id AS key_id
 FROM unnest(
     %(n)s::bigint[], %(payment_id)s::bigint[], %(begin_id)s::text[],

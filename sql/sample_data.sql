@@ -1,4 +1,4 @@
--- Payments of every status and method, with the audit rows, refunds and keys that lead there.
+-- Payments of every status and method, with the audit rows and refunds that lead there.
 WITH sample (order_id, user_id, amount, currency, payment_method, status, refunded_amount, refund_pending, age) AS (
     VALUES
     (9001, 501, 1499.00, 'INR', 'CREDIT_CARD', 'COMPLETED', 0.00, 0.00, interval '9 days'),

@@ -69,6 +69,7 @@ def refund_settlement(result: BeginResult, status: RefundStatus = RefundStatus.C
         description="told",
         at=NOW,
         key_id=row["key_id"],
+        begin_id=row["begin_id"],
         answer=answers.ok,
     )
 

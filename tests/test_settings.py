@@ -32,10 +32,17 @@ def test_an_empty_environment_is_valid_and_means_the_embedded_database() -> None
 
 
 def test_variables_that_are_set_to_nothing_count_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DATABASE_URL", "LOG_LEVEL", "ECI_PAY_DATA_DIR", "ECI_PAY_DATABASE_POOL_SIZE"):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    for name in ("LOG_LEVEL", "ECI_PAY_DATA_DIR", "ECI_PAY_DATABASE_POOL_SIZE"):
         monkeypatch.setenv(name, "")
     settings = load_settings()
-    assert (settings.database_url, settings.log_level, settings.eci_pay_database_pool_size) == (None, "INFO", 10)
+    assert (settings.log_level, settings.eci_pay_data_dir, settings.eci_pay_database_pool_size) == ("INFO", None, 10)
+
+
+def test_an_empty_database_url_is_a_fault_and_not_a_private_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "")
+    with pytest.raises(SettingsInvalid, match="DATABASE_URL: is set but empty"):
+        load_settings()
 
 
 def test_the_environment_is_read_and_then_frozen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ CREATE TABLE idempotency_keys (
     payment_id bigint REFERENCES payments,
     refund_id bigint REFERENCES refunds,
     request_hash varchar(64) NOT NULL,
+    begin_id varchar(50),
     response_body text,
     status_code integer,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -21,4 +22,6 @@ CREATE TABLE idempotency_keys (
 CREATE INDEX idx_idempotency_expires ON idempotency_keys (expires_at);
 
 COMMENT ON COLUMN idempotency_keys.request_hash IS 'SHA-256 of the validated request and its operation';
+COMMENT ON COLUMN idempotency_keys.begin_id IS
+    'whose claim this is: a key that was released or has expired is claimed anew in the same row';
 COMMENT ON COLUMN idempotency_keys.response_body IS 'the first answer, replayed byte for byte';
