@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,14 +28,33 @@ EXIT_DEFECT = 70
 EXIT_OUTPUT_LOST = 74
 """EX_IOERR: what was asked was done, but could not be printed."""
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"eci-pay {version('eci-pay')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="eci-pay",
-    help="The payment service of ECI: charge, refund and query payments.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 declined, 2 invalid, 3 conflict, 4 not found, 5 unavailable, 6 outcome unknown.",
 )
+
+
+@app.callback()
+def eci_pay(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """The payment service of ECI: charge, refund and query payments."""
+
+
 for commands in (serving, payments, maintenance, demo):
     commands.register(app)
 

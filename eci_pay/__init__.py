@@ -1,5 +1,1 @@
 """eci-pay: the payment service layer. It knows neither the HTTP server nor the terminal."""
-
-from importlib.metadata import version
-
-__version__ = version("eci-pay")

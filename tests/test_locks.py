@@ -45,7 +45,9 @@ async def test_statements_over_the_same_rows_in_opposite_order_wait_and_do_not_d
             "charge_settle": settlements,
             "refund_begin": [refund_begin(payment_id, "1") for payment_id in payment_ids],
             "refund_settle": [
-                refund_settlement(Begun({"order_id": n, "payment_id": p, "refund_id": r, "key_id": None, "begin_id": "b"}))
+                refund_settlement(
+                    Begun({"order_id": n, "payment_id": p, "refund_id": r, "key_id": None, "begin_id": "b"})
+                )
                 for n, p, r in zip(
                     (3, 2, 1),
                     payment_ids,
