@@ -39,8 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Charges:
-    """Both use cases raise ValidationFailed for nothing (their requests are valid), Conflict and its kinds,
-    IdempotencyKeyReused, and Unavailable where nothing was sent."""
+    """Both use cases raise Conflict and its kinds, IdempotencyKeyReused, and Unavailable where nothing was sent."""
 
     database: Database
     gateway: Gateway
@@ -67,9 +66,9 @@ class Charges:
         return await self.phases.run_to_end(self._record_pending(begin))
 
     async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
-        if request.payment_method is PaymentMethod.COD:
-            return await self._record_pending(self._charge_begin(request, claim))
         begin = self._charge_begin(request, claim)
+        if begin.status is PaymentStatus.PENDING:
+            return await self._record_pending(begin)
         row = await self._begun(begin, begin_charges)
         if isinstance(row, Answer):
             return row

@@ -27,7 +27,7 @@ NAMED_INDEXES = {
     "idx_idempotency_key": ("idempotency_keys", ["idempotency_key", "caller"]),
     "idx_idempotency_expires": ("idempotency_keys", ["expires_at"]),
 }
-"""Those that section 2 of the design names: operators and other tools rely on them."""
+"""The names that operators and other tools rely on."""
 
 _COLUMNS = """
     SELECT format('%%s.%%s %%s null:%%s default:%%s identity:%%s', a.attrelid::regclass, a.attname,
@@ -94,7 +94,7 @@ async def test_the_models_describe_exactly_what_the_migrations_make(database_url
     assert {table.name for table in SQLModel.metadata.sorted_tables} == set(TABLES)
 
 
-async def test_every_index_of_the_design_exists_once(books: Books) -> None:
+async def test_every_index_that_others_rely_on_exists_once(books: Books) -> None:
     rows = await books.rows("""
         SELECT c.relname AS name, i.indrelid::regclass::text AS table_name,
                array_agg(a.attname::text ORDER BY k.n) AS columns
