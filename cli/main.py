@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -66,17 +66,36 @@ def exit_code_of(error: errors.PayError) -> int:
 
 def main() -> NoReturn:
     """Runs the command line. What nobody foresaw has exit codes of its own: 1 would mean "declined"."""
+    fault = _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = _run()
+    fault = _flush(sys.stdout) or fault
+    if fault:
+        output.note(f"error: the output could not be written: {fault}")
+    _flush(sys.stderr)
+    sys.exit(code or (EXIT_OUTPUT_LOST if fault else 0))
+
+
+def _open_closed_streams() -> str | None:
+    """Lets no file or connection take the place of a closed standard stream; tells where output was closed."""
+    closed = sys.stdout is None
+    if closed:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return "it was closed" if closed else None
+
+
+def _flush(stream: TextIO) -> str | None:
+    """What kept the stream from being written. The rest is thrown away, else Python would end with its own code."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError as error:
-        output.note(f"error: the output could not be written: {error.strerror}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or EXIT_OUTPUT_LOST
-    sys.exit(code)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error.strerror or str(error)
+    return None
 
 
 def _run() -> int:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,7 +41,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 def note(message: str) -> None:
     """A message for the person at the terminal."""
-    print(printable(message), file=sys.stderr)
+    with suppress(OSError):  # a message that nobody can read must not end what is under way
+        print(printable(message), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -56,15 +58,16 @@ def shown(text: str | None) -> str:
 
 
 def print_json(data: object) -> None:
-    """One JSON document on standard output."""
-    print(json.dumps(data, ensure_ascii=False, indent=2))
+    """One JSON document on standard output, escaped where that is not UTF-8."""
+    ascii_only = sys.stdout.encoding.lower() not in ("utf-8", "utf8")
+    print(json.dumps(data, ensure_ascii=ascii_only, indent=2))
 
 
 def print_error(error: "PayError") -> None:
     """An error on standard error: a line per fault, or the problem's members as JSON."""
     if Mode.json:
         document = {"code": error.code, "title": error.title(), "detail": error.detail, **error.members()}
-        print(json.dumps(document, ensure_ascii=False), file=sys.stderr)
+        note(json.dumps(document))
     else:
         first, *others = _lines(error)
         note(f"error: {first} [{error.code}]")
@@ -93,7 +96,7 @@ def console() -> "Console":
 def print_payment(view: "PaymentView") -> None:
     """A payment with its refunds and its history."""
     if Mode.json:
-        print(view.model_dump_json(indent=2))
+        print_json(view.model_dump(mode="json"))
         return
     out = console()
     out.print(_facts(_payment_facts(view), title=f"Payment {view.payment_id}"))
@@ -125,7 +128,7 @@ def print_payment(view: "PaymentView") -> None:
 def print_page(page: "PaymentPage") -> None:
     """A page of payments."""
     if Mode.json:
-        print(page.model_dump_json(indent=2))
+        print_json(page.model_dump(mode="json"))
         return
     rows = [
         (

@@ -106,21 +106,15 @@ async def begin(
     """
     results: dict[int, BeginResult] = {}
     for numbers in rounds([row.claims() for row in rows]):
-        outcome = await _begin_round(database, statements, [rows[number] for number in numbers], parameters, then)
+        passes = _Passes(database, statements, parameters, then)
+        outcome = await _begin_round(passes, [rows[number] for number in numbers])
         results.update(zip(numbers, outcome, strict=True))
     return [results[number] for number in range(len(rows))]
 
 
-async def _begin_round(
-    database: Database,
-    statements: BeginStatements,
-    rows: Sequence[BeginRow],
-    parameters: Mapping[str, Any],
-    then: Then | None,
-) -> list[BeginResult]:
+async def _begin_round(passes: "_Passes", rows: Sequence[BeginRow]) -> list[BeginResult]:
     """Runs the statement until each row has begun, was refused or has failed. What has begun is never run again."""
     results: dict[int, BeginResult] = {}
-    passes = _Passes(database, statements, parameters, then)
     failure: Exception = Unavailable("the request kept losing races for its key or order: try again")
     for _ in range(BEGIN_TRIES_MAX):
         waiting = [number for number in range(len(rows)) if number not in results]
@@ -138,7 +132,7 @@ async def _begin_round(
                 break
             for n, number in enumerate(waiting):
                 if n not in found:
-                    (results[number],) = await _begin_round(database, statements, [rows[number]], parameters, then)
+                    (results[number],) = await _begin_round(passes, [rows[number]])
         finally:
             results.update({waiting[n]: result for n, result in found.items()})
     return [results.get(number, failure) for number in range(len(rows))]

@@ -16,7 +16,7 @@ from psycopg.types.numeric import Int8
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from eci_pay.errors import ConnectionLost, SchemaOutdated, Unavailable
+from eci_pay.errors import ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable
 from eci_pay.settings import Settings
 from eci_pay.statements import statement
 
@@ -113,8 +113,8 @@ class Database:
         for _ in range(READ_TRIES_MAX - 1):
             try:
                 return await self._retried(run)
-            except ConnectionLost:
-                if commit_sent:
+            except ConnectionLost as error:
+                if commit_sent or isinstance(error, DatabaseSilent):
                     raise
         return await self._retried(run)
 
@@ -122,6 +122,8 @@ class Database:
         for _ in range(READ_TRIES_MAX - 1):
             try:
                 return await read()
+            except DatabaseSilent:
+                raise
             except ConnectionLost:
                 continue
         return await read()
@@ -153,7 +155,7 @@ class Database:
             raise
         except TimeoutError as error:
             # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
-            raise ConnectionLost(f"the database did not answer within {self._limit_seconds:.0f} s") from error
+            raise DatabaseSilent(f"the database did not answer within {self._limit_seconds:.0f} s") from error
         except _BUSY as error:
             raise Unavailable(f"the database is busy: {error}") from error
         except _SCHEMA as error:

@@ -17,6 +17,7 @@ PayError
 │   └── IdempotencyKeyInFlight
 ├── Unavailable                     nothing was sent to the gateway
 │   ├── ConnectionLost              the statement under way may have been committed
+│   │   └── DatabaseSilent          and to ask again would be to wait again
 │   └── SchemaOutdated
 ├── SettingsInvalid                 carries one line per fault
 └── MigrationError
@@ -166,6 +167,10 @@ class Unavailable(PayError):
 
 class ConnectionLost(Unavailable):
     """The connection to the database was lost"""
+
+
+class DatabaseSilent(ConnectionLost):
+    """The database took a statement and does not answer"""
 
 
 class SchemaOutdated(Unavailable):

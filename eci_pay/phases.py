@@ -62,6 +62,11 @@ class Phases:
                 return _fitted(await send())
         except TimeoutError:
             return Unknown(message="The gateway did not answer in time.")
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            # The adapter's own cancellation, not ours.
+            return Unknown(message="The gateway's answer was not waited for.")
         except GatewayUnavailable as error:
             raise Unavailable(f"the gateway cannot be reached; nothing was sent: {error}") from error
         except Exception:  # whatever broke in the adapter, the request may have been sent

@@ -140,3 +140,16 @@ async def test_texts_of_the_gateway_are_cut_and_booked_however_long_and_strange(
     assert told == status_codes
     assert await books.value("SELECT length(gateway_response) FROM payments") >= 400
     assert (await books.value("SELECT status FROM payments")) in ("REFUNDED", "FAILED")
+
+
+async def test_an_adapter_that_cancels_itself_leaves_the_outcome_unknown(
+    settings: Settings, database_url: str, books: Books
+) -> None:
+    def cancel_itself() -> Outcome | None:
+        raise asyncio.CancelledError
+
+    async with payment_service(settings, database_url, gateway=Scripted(cancel_itself)) as service:
+        answer = await service.charges.charge(request=charge_request(), idempotency_key="k")
+        assert answer.is_unknown
+    assert await books.value("SELECT status FROM payments") == "PROCESSING"
+    assert await books.value("SELECT status_code FROM idempotency_keys") == 202
