@@ -19,7 +19,7 @@ EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.SettingsInvalid: 2,
     errors.Conflict: 3,
     errors.MigrationError: 3,
-    errors.PaymentNotFound: 4,
+    errors.NotFound: 4,
     errors.Unavailable: 5,
 }
 

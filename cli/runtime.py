@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 def settings_of_command() -> "Settings":
     """The settings, with logs set up for a terminal: warnings and worse, unless LOG_LEVEL says otherwise."""
-    from eci_pay.context import bind_request_id
+    from eci_pay.context import bind_origin
     from eci_pay.logs import configure_logs
     from eci_pay.settings import load_settings
 
     settings = load_settings()
     configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "WARNING")
-    bind_request_id(None)
+    bind_origin(None)
     return settings
 
 
@@ -52,6 +52,7 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
     async def work() -> T:
         url = await open_database(settings)
         async with payment_service(settings, url) as service:
+            await service.warn_of_untold()
             return await use(service)
 
     result = run(work())

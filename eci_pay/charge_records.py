@@ -1,16 +1,18 @@
 """What is written of a charge: begun and settled, many at once. `charges.py` tells the story around it."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer, created
 from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
+from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.messages import Message, message_arrays
 from eci_pay.payments import views_of
 from eci_pay.requests import CreateRequest
 
@@ -97,7 +99,7 @@ class ChargeBegin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChargeSettlement:
-    """The gateway's answer to one attempt, and what its caller is told.
+    """The gateway's answer to one attempt, what its caller is told, and what other services are.
 
     A settlement that releases its key stores no answer: the next request with the key starts anew.
     """
@@ -113,6 +115,8 @@ class ChargeSettlement:
     description: str | None
     key_id: int | None
     answer: Answer
+    messages: tuple[Message, ...]
+    origin: Origin = field(default_factory=current_origin)
     releases_key: bool = False
 
     def columns(self) -> dict[str, Any]:
@@ -134,6 +138,9 @@ class ChargeSettlement:
             "response_body": self.answer.body,
             "status_code": self.answer.status_code,
             "releases_key": self.releases_key,
+            "message_count": len(self.messages),
+            "request_id": self.origin.request_id or None,
+            "traceparent": self.origin.traceparent,
         }
 
 
@@ -170,7 +177,8 @@ async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -
     """
 
     async def run(batch: Sequence[ChargeSettlement]) -> list[bool]:
-        found = await database.fetch("charge_settle", arrays([row.columns() for row in batch]))
+        told = message_arrays([row.messages for row in batch])
+        found = await database.fetch("charge_settle", {**arrays([row.columns() for row in batch]), **told})
         applied = {row["n"] for row in found}
         return [number in applied for number in range(len(batch))]
 

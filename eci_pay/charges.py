@@ -21,6 +21,7 @@ from eci_pay.errors import Conflict, InvalidState, OrderAlreadyPaid, OrderExists
 from eci_pay.gateways import Approved, Declined, Gateway, GatewayCharge, Outcome, Unknown
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.messages import Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.requests import ChargeRequest, CreateRequest
@@ -45,6 +46,7 @@ class Charges:
     gateway: Gateway
     payments: Payments
     phases: Phases
+    messages: Messages
     clock: Callable[[], datetime]
 
     async def charge(self, *, request: ChargeRequest, idempotency_key: str, caller: str = "") -> Answer:
@@ -165,7 +167,7 @@ class Charges:
     async def _settle(self, attempt: Attempt, outcome: Outcome) -> Answer:
         answer = None
         if not isinstance(outcome, Unknown):
-            settlement = _settlement(attempt, outcome, self.clock())
+            settlement = self._settlement(attempt, outcome)
             answer = await self.phases.book(lambda: self._book(attempt, settlement))
         if answer is None:
             await self.phases.mark_unknown(attempt.key_id)
@@ -188,8 +190,46 @@ class Charges:
     async def _give_up(self, attempt: Attempt, error: Exception) -> None:
         """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
         declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
-        settlement = _settlement(attempt, declined, self.clock(), releases_key=True)
+        settlement = self._settlement(attempt, declined, releases_key=True)
         await self.phases.book(lambda: self._book(attempt, settlement))
+
+    def _settlement(
+        self, attempt: Attempt, outcome: Approved | Declined, *, releases_key: bool = False
+    ) -> ChargeSettlement:
+        view, at = attempt.view, self.clock()
+        if isinstance(outcome, Approved):
+            settled = _approved_view(attempt, outcome, at)
+            answer = answers.created(settled)
+            description = settled.transactions[-1].description
+        else:
+            settled = view.model_copy(
+                update={
+                    "status": PaymentStatus.FAILED,
+                    "gateway_response": f"{outcome.code}: {outcome.message}",
+                }
+            )
+            answer = answers.declined(
+                operation="payment",
+                payment_id=view.payment_id,
+                decline_code=outcome.code,
+                message=outcome.message,
+            )
+            description = f"Charge failed: {outcome.code}"
+        return ChargeSettlement(
+            order_id=view.order_id,
+            payment_id=view.payment_id,
+            attempt=view.attempt,
+            status=settled.status,
+            authorization_code=settled.authorization_code,
+            gateway_response=settled.gateway_response,
+            at=at,
+            transaction_log_id=attempt.settle_log_id,
+            description=description,
+            key_id=attempt.key_id,
+            answer=answer,
+            messages=self.messages.of_change(settled.status, Subject.of_view(settled)),
+            releases_key=releases_key,
+        )
 
 
 def charge_key(transaction_id: str, attempt: int) -> str:
@@ -222,44 +262,6 @@ def _answer_of(view: PaymentView, begin: ChargeBegin) -> Answer:
             message=view.gateway_response or "The payment failed.",
         )
     return answers.created(view)
-
-
-def _settlement(
-    attempt: Attempt, outcome: Approved | Declined, at: datetime, *, releases_key: bool = False
-) -> ChargeSettlement:
-    view = attempt.view
-    if isinstance(outcome, Approved):
-        settled = _approved_view(attempt, outcome, at)
-        answer = answers.created(settled)
-        description = settled.transactions[-1].description
-    else:
-        settled = view.model_copy(
-            update={
-                "status": PaymentStatus.FAILED,
-                "gateway_response": f"{outcome.code}: {outcome.message}",
-            }
-        )
-        answer = answers.declined(
-            operation="payment",
-            payment_id=view.payment_id,
-            decline_code=outcome.code,
-            message=outcome.message,
-        )
-        description = f"Charge failed: {outcome.code}"
-    return ChargeSettlement(
-        order_id=view.order_id,
-        payment_id=view.payment_id,
-        attempt=view.attempt,
-        status=settled.status,
-        authorization_code=settled.authorization_code,
-        gateway_response=settled.gateway_response,
-        at=at,
-        transaction_log_id=attempt.settle_log_id,
-        description=description,
-        key_id=attempt.key_id,
-        answer=answer,
-        releases_key=releases_key,
-    )
 
 
 def _view_of_begin(begin: ChargeBegin, row: Row) -> PaymentView:

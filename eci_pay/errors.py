@@ -7,7 +7,9 @@ PayError
 │   ├── IdempotencyKeyMissing
 │   ├── IdempotencyKeyInvalid
 │   └── IdempotencyKeyReused
-├── PaymentNotFound
+├── NotFound
+│   ├── PaymentNotFound
+│   └── MessageNotFound
 ├── Conflict                        carries the `payment_id` it is about, where there is one
 │   ├── OrderInProgress
 │   ├── OrderAlreadyPaid
@@ -104,10 +106,22 @@ class IdempotencyKeyReused(InvalidRequest):
     code = "idempotency-key-reused"
 
 
-class PaymentNotFound(PayError):
+class NotFound(PayError):
+    """There is no such thing"""
+
+    code = "not-found"
+
+
+class PaymentNotFound(NotFound):
     """There is no such payment"""
 
     code = "payment-not-found"
+
+
+class MessageNotFound(NotFound):
+    """There is no such message"""
+
+    code = "message-not-found"
 
 
 class Conflict(PayError):

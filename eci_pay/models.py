@@ -3,6 +3,7 @@
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
@@ -58,6 +59,7 @@ class Payment(SQLModel, table=True):
             name="payments_status_known",
         ),
         CheckConstraint("attempt > 0", name="payments_attempt_positive"),
+        CheckConstraint("last_sequence >= 0", name="payments_last_sequence_not_negative"),
         CheckConstraint("refunded_amount BETWEEN 0 AND amount", name="payments_refund_within_capture"),
         CheckConstraint("refund_pending BETWEEN 0 AND refunded_amount", name="payments_pending_within_refund"),
         CheckConstraint(
@@ -88,6 +90,7 @@ class Payment(SQLModel, table=True):
     begin_id: str | None = Field(default=None, max_length=50)
     refunded_amount: Decimal = _money("0")
     refund_pending: Decimal = _money("0")
+    last_sequence: int = Field(default=0, sa_column_kwargs={"server_default": text("0")})
 
 
 class Transaction(SQLModel, table=True):
@@ -173,6 +176,16 @@ class OutboxMessage(SQLModel, table=True):
         CheckConstraint("sequence > 0", name="outbox_sequence_positive"),
         CheckConstraint("attempts >= 0", name="outbox_attempts_not_negative"),
         CheckConstraint("delivered_at IS NULL OR dead_at IS NULL", name="outbox_delivered_or_dead"),
+        CheckConstraint("destination IN ('order', 'inventory', 'notification')", name="outbox_destination_known"),
+        CheckConstraint("lease_id IS NULL OR (delivered_at IS NULL AND dead_at IS NULL)", name="outbox_leased_is_open"),
+        Index(
+            "idx_outbox_pending",
+            "destination",
+            "next_attempt_at",
+            postgresql_where=text("delivered_at IS NULL AND dead_at IS NULL"),
+        ),
+        Index("idx_outbox_dead", "destination", "message_id", postgresql_where=text("dead_at IS NOT NULL")),
+        Index("idx_outbox_delivered", "delivered_at", postgresql_where=text("delivered_at IS NOT NULL")),
     )
 
     message_id: int | None = _id()
@@ -187,3 +200,7 @@ class OutboxMessage(SQLModel, table=True):
     delivered_at: datetime | None = _instant_or_none()
     dead_at: datetime | None = _instant_or_none()
     last_error: str | None = Field(default=None, max_length=500)
+    request_id: str | None = Field(default=None, max_length=128)
+    traceparent: str | None = Field(default=None, max_length=55)
+    first_attempt_at: datetime | None = _instant_or_none()
+    lease_id: UUID | None = None

@@ -66,6 +66,11 @@ def parse_amount(value: object) -> Decimal:
     return rounded
 
 
+def plain(amount: Decimal, currency: str) -> str:
+    """The amount for a reader: ungrouped digits, with decimals where the currency has any."""
+    return f"{amount:.0f}" if currency in whole_amount_currencies() else f"{amount:.2f}"
+
+
 def check_minor_unit(amount: Decimal, currency: str) -> None:
     """Raises ValueError where the currency has no minor unit and the amount is not whole."""
     if currency in whole_amount_currencies() and amount != amount.to_integral_value():

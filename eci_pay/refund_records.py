@@ -1,17 +1,19 @@
 """What is written of a refund: begun and settled, many at once. `refunds.py` tells the story around it."""
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
+from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import InvalidState, PayError, PaymentNotFound, RefundExceedsBalance, ValidationFailed
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
+from eci_pay.messages import Event, Message, message_arrays
 from eci_pay.money import check_minor_unit, whole_amount_currencies
 from eci_pay.payments import views_of
 from eci_pay.requests import RefundRequest
@@ -92,7 +94,11 @@ class RefundBegin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefundSettlement:
-    """The gateway's answer to a refund; `answer` makes what its caller is told of the payment as it is then."""
+    """The gateway's answer to a refund; `answer` makes what its caller is told of the payment as it is then.
+
+    Those of its messages that tell of a full refund come last; whether they are written is known only when it is
+    booked.
+    """
 
     order_id: int
     payment_id: int
@@ -105,6 +111,8 @@ class RefundSettlement:
     key_id: int | None
     begin_id: str
     answer: Callable[[PaymentView], Answer]
+    messages: tuple[Message, ...]
+    origin: Origin = field(default_factory=current_origin)
     releases_key: bool = False
 
     def columns(self) -> dict[str, Any]:
@@ -118,6 +126,10 @@ class RefundSettlement:
             "gateway_response": self.gateway_response,
             "at": self.at,
             "description": self.description,
+            "message_count": sum(message.event is not Event.PAYMENT_REFUNDED for message in self.messages),
+            "message_count_in_full": len(self.messages),
+            "request_id": self.origin.request_id or None,
+            "traceparent": self.origin.traceparent,
         }
 
 
@@ -147,15 +159,16 @@ async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -
 async def _settle(connection: Connection, rows: Sequence[RefundSettlement]) -> list[Answer | None]:
     """In one transaction: other refunds of the payment may settle at any time, so the answers are made from a
     second look at the payments, which are locked by then, and not from what was known before."""
-    found = await fetch(connection, "refund_settle", arrays([row.columns() for row in rows]))
+    told = message_arrays([row.messages for row in rows])
+    found = await fetch(connection, "refund_settle", {**arrays([row.columns() for row in rows]), **told})
     applied = {rows[row["n"]].refund_id: rows[row["n"]] for row in found}
     views = await views_of(connection, [row.payment_id for row in applied.values()])
-    told = {refund_id: row.answer(views[row.payment_id]) for refund_id, row in applied.items()}
+    answers = {refund_id: row.answer(views[row.payment_id]) for refund_id, row in applied.items()}
     finishes = [
-        Finish(key_id=row.key_id, begin_id=row.begin_id, answer=told[refund_id], releases=row.releases_key)
+        Finish(key_id=row.key_id, begin_id=row.begin_id, answer=answers[refund_id], releases=row.releases_key)
         for refund_id, row in applied.items()
         if row.key_id is not None
     ]
     stored = await finish(connection, finishes)
     by_refund = {row.refund_id: stored.get(row.key_id) for row in applied.values() if row.key_id is not None}
-    return [by_refund.get(row.refund_id) or told.get(row.refund_id) for row in rows]
+    return [by_refund.get(row.refund_id) or answers.get(row.refund_id) for row in rows]

@@ -19,6 +19,7 @@ from eci_pay.errors import PaymentNotFound, Unavailable
 from eci_pay.gateways import Approved, Declined, Gateway, GatewayRefund, Outcome, Unknown
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import RefundStatus
+from eci_pay.messages import Message, Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.refund_records import RefundBegin, RefundSettlement, begin_refunds, settle_refunds
@@ -37,6 +38,7 @@ class Refunds:
     gateway: Gateway
     payments: Payments
     phases: Phases
+    messages: Messages
     clock: Callable[[], datetime]
 
     async def refund(
@@ -113,12 +115,18 @@ class Refunds:
     async def _settle(self, refund: Row, outcome: Outcome, view: PaymentView) -> Answer:
         answer = None
         if not isinstance(outcome, Unknown):
-            settlement = _settlement(refund, outcome, self.clock())
+            settlement = _settlement(refund, outcome, self.clock(), self._messages_of(refund, outcome, view))
             answer = await self.phases.book(lambda: self._book(settlement))
         if answer is None:
             await self.phases.mark_unknown(refund["key_id"])
             return answers.unknown(view)
         return answer
+
+    def _messages_of(self, refund: Row, outcome: Outcome, view: PaymentView) -> tuple[Message, ...]:
+        if not isinstance(outcome, Approved):
+            return ()
+        reason = next(found.reason for found in view.refunds if found.refund_id == refund["refund_id"])
+        return self.messages.of_refund(Subject.of_view(view), amount=refund["amount"], reason=reason)
 
     async def _book(self, settlement: RefundSettlement) -> Answer:
         told = (await settle_refunds(self.database, [settlement]))[0]
@@ -134,7 +142,7 @@ class Refunds:
     async def _give_up(self, refund: Row, error: Exception) -> None:
         """Releases a refund that was never sent, and frees its key for the caller's next try."""
         declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
-        settlement = _settlement(refund, declined, self.clock(), releases_key=True)
+        settlement = _settlement(refund, declined, self.clock(), (), releases_key=True)
         await self.phases.book(lambda: self._book(settlement))
 
 
@@ -146,7 +154,12 @@ def _answer_of(view: PaymentView, refund: RefundView) -> Answer:
 
 
 def _settlement(
-    refund: Row, outcome: Approved | Declined, at: datetime, *, releases_key: bool = False
+    refund: Row,
+    outcome: Approved | Declined,
+    at: datetime,
+    messages: tuple[Message, ...],
+    *,
+    releases_key: bool = False,
 ) -> RefundSettlement:
     payment_id = refund["payment_id"]
     if isinstance(outcome, Approved):
@@ -172,6 +185,7 @@ def _settlement(
         key_id=refund["key_id"],
         begin_id=refund["begin_id"],
         answer=answer,
+        messages=messages,
         releases_key=releases_key,
     )
 

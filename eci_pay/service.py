@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -12,8 +12,10 @@ from eci_pay.database import Database
 from eci_pay.embedded import embedded_url
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.simulated import SimulatedGateway
-from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX, KeyExpiry
+from eci_pay.idempotency import KeyExpiry
+from eci_pay.messages import Destination, Messages, service_urls
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
+from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.refunds import Refunds
@@ -39,6 +41,8 @@ class PaymentService:
     status_changes: StatusChanges
     payments: Payments
     keys: KeyExpiry
+    messages: Messages
+    outbox: Outbox
     database: Database
     clock: Clock
 
@@ -46,20 +50,16 @@ class PaymentService:
         """Raises Unavailable where the database does not answer."""
         await self.database.read("ping")
 
-    async def expire_keys_until(self, stopped: asyncio.Event, *, interval_seconds: float) -> None:
-        """Deletes expired keys now and then, a batch at a time, until it is stopped."""
-        while not stopped.is_set():
-            deleted = 0
-            try:
-                deleted = await self.keys.delete_batch()
-            except Exception:  # whatever it is, it must not end the task: the next round tries again
-                _log.exception("expired idempotency keys stay for now")
-            if deleted:
-                _log.info("deleted %d expired idempotency keys", deleted)
-            if deleted < EXPIRE_BATCH_SIZE_MAX:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(interval_seconds):
-                        await stopped.wait()
+    async def warn_of_untold(self) -> None:
+        """Logs which services other processes tell of payments while this one does not; raises Unavailable."""
+        unset = set(Destination) - self.messages.destinations
+        told = await self.outbox.lately_told() if unset else frozenset()
+        for destination in sorted(unset & told):
+            _log.warning(
+                "%s_SERVICE_URL is not set here, though others tell that service of payments: "
+                "it is told nothing of what this process changes",
+                destination.upper(),
+            )
 
 
 async def open_database(settings: Settings) -> str:
@@ -99,14 +99,26 @@ async def payment_service(
         gateway_timeout_seconds=settings.eci_pay_gateway_timeout_seconds,
         settle_retry_seconds=settings.eci_pay_settle_retry_seconds,
     )
+    messages = Messages(frozenset(service_urls(settings)))
+    outbox = Outbox(
+        database,
+        give_up_after=timedelta(hours=settings.eci_pay_relay_give_up_hours),
+        retention=timedelta(days=settings.eci_pay_outbox_retention_days),
+    )
     await database.open()
     try:
         yield PaymentService(
-            charges=Charges(database=database, gateway=gateway, payments=payments, phases=phases, clock=clock),
-            refunds=Refunds(database=database, gateway=gateway, payments=payments, phases=phases, clock=clock),
-            status_changes=StatusChanges(database=database, clock=clock),
+            charges=Charges(
+                database=database, gateway=gateway, payments=payments, phases=phases, messages=messages, clock=clock
+            ),
+            refunds=Refunds(
+                database=database, gateway=gateway, payments=payments, phases=phases, messages=messages, clock=clock
+            ),
+            status_changes=StatusChanges(database=database, messages=messages, clock=clock),
             payments=payments,
             keys=KeyExpiry(database, clock),
+            messages=messages,
+            outbox=outbox,
             database=database,
             clock=clock,
         )

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
@@ -28,10 +29,24 @@ def _database_url(secret: SecretStr) -> SecretStr:
     return SecretStr(url)
 
 
+def _service_url(text: str) -> str:
+    """The base URL of a service, without its trailing slash."""
+    parts = urlsplit(text)
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable or "@" in parts.netloc or parts.query or parts.fragment or not text.isascii() or " " in text:
+        # The text itself is not repeated: a password may stand in it.
+        raise ValueError("must be a base URL such as http://orders:8080, without user, query or fragment")
+    return text.rstrip("/")
+
+
 SECONDS_MAX = 86_400.0
 
 Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=SECONDS_MAX)]
+ServiceUrl = Annotated[str, AfterValidator(_service_url)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -44,6 +59,11 @@ class Settings(BaseSettings):
     """Where the books are; unset means the embedded PostgreSQL."""
     log_level: Annotated[LogLevel, BeforeValidator(lambda value: str(value).upper())] = "INFO"
     service_name: str = "payment-service"
+
+    order_service_url: ServiceUrl | None = None
+    """Who is told of payments; a service whose URL is unset is told nothing."""
+    inventory_service_url: ServiceUrl | None = None
+    notification_service_url: ServiceUrl | None = None
 
     eci_pay_data_dir: Path | None = None
     """Where the embedded PostgreSQL keeps its data; unset means the user's data directory."""
@@ -75,6 +95,25 @@ class Settings(BaseSettings):
     """How long a stopping server waits for the requests that have begun."""
     eci_pay_expire_keys_interval_seconds: Seconds = 3600.0
     """How often `serve` deletes expired idempotency keys."""
+
+    eci_pay_relay_in_serve: bool = True
+    """Whether `serve` delivers messages itself; else `eci-pay relay` must run."""
+    eci_pay_relay_concurrency: int = Field(default=16, ge=1, le=256)
+    """Requests of one process that are under way to one service."""
+    eci_pay_relay_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
+    """How often an idle relay looks for new messages."""
+    eci_pay_relay_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """How long one try of a delivery may take, and at most how long the next one is waited for."""
+    eci_pay_relay_retry_seconds: Seconds = 5.0
+    """When a delivery that failed is repeated first; the distance doubles each time."""
+    eci_pay_relay_retry_max_seconds: Seconds = 3600.0
+    """The longest that distance gets."""
+    eci_pay_relay_give_up_hours: Annotated[float, Field(gt=0, le=24 * 365)] = 72.0
+    """How long after its first delivery failed a message is dead."""
+    eci_pay_outbox_retention_days: Annotated[float, Field(gt=0, le=3650)] = 7.0
+    """How long delivered messages are kept."""
+    eci_pay_outbox_purge_interval_seconds: Seconds = 60.0
+    """How often `serve` and `relay` delete those that are older."""
 
     eci_pay_simulated_latency_seconds: SecondsOrZero = 0.0
     """How long the simulated gateway takes to answer."""

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from eci_pay.context import current_origin
 from eci_pay.database import Connection, Database, fetch
 from eci_pay.errors import InvalidState, PaymentNotFound
 from eci_pay.lifecycle import CANCELLABLE, PaymentStatus, statuses_before_update
+from eci_pay.messages import Messages, Subject, message_arrays
 from eci_pay.payments import views_of
 from eci_pay.requests import StatusUpdateRequest
 from eci_pay.views import PaymentView
@@ -17,6 +19,7 @@ class StatusChanges:
     """Raises PaymentNotFound, InvalidState and Unavailable. None is the id of no payment."""
 
     database: Database
+    messages: Messages
     clock: Callable[[], datetime]
 
     async def update(self, *, payment_id: int | None, request: StatusUpdateRequest) -> PaymentView:
@@ -53,22 +56,32 @@ class StatusChanges:
     ) -> PaymentView:
         if payment_id is None:
             raise PaymentNotFound
-        params = {
-            "payment_id": payment_id,
-            "status": status.value,
-            "allowed_from": [before.value for before in allowed_from],
-            "description": description,
-            "gateway_response": gateway_response,
-            "at": self.clock(),
-        }
+        at = self.clock()
+        origin = current_origin()
 
         async def work(connection: Connection) -> PaymentView:
-            rows = await fetch(connection, "status_change", params)
+            rows = await fetch(connection, "payment_lock", {"payment_id": payment_id})
             if not rows:
                 raise PaymentNotFound(f"there is no payment {payment_id}")
-            if not rows[0]["changed"]:
-                before = rows[0]["status_before"]
+            before = rows[0]["status"]
+            if before not in allowed_from:
                 raise InvalidState(f"a {before} payment cannot become {status}", payment_id=payment_id)
+            messages = self.messages.of_change(status, Subject.of_row(rows[0]))
+            await fetch(
+                connection,
+                "status_change",
+                {
+                    "payment_id": payment_id,
+                    "status": status.value,
+                    "gateway_response": gateway_response,
+                    "description": description,
+                    "at": at,
+                    "message_count": len(messages),
+                    "request_id": origin.request_id or None,
+                    "traceparent": origin.traceparent,
+                    **message_arrays([messages]),
+                },
+            )
             return (await views_of(connection, [payment_id]))[payment_id]
 
         return await self.database.transaction(work)

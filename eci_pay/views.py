@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
+from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
@@ -90,3 +91,66 @@ class PaymentPage(View):
     page_size: int
     payments: tuple[PaymentView, ...]
     next_cursor: str | None
+
+
+class MessageState(StrEnum):
+    """Where a message of the outbox stands."""
+
+    PENDING = "pending"
+    IN_DELIVERY = "in-delivery"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+
+
+class MessageView(View):
+    """A message to another service. `attempts` are deliveries that have ended, each of several tries."""
+
+    message_id: int
+    payment_id: int
+    sequence: int
+    destination: str
+    event: str
+    state: MessageState
+    attempts: int
+    created_at: Instant
+    first_attempt_at: Instant | None
+    next_attempt_at: Instant | None
+    delivered_at: Instant | None
+    dead_at: Instant | None
+    last_error: str | None
+    request_id: str | None
+    traceparent: str | None
+    payload: dict[str, Any]
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "MessageView":
+        """The view of a row of `outbox`."""
+        is_open = row["delivered_at"] is None and row["dead_at"] is None
+        if row["delivered_at"] is not None:
+            state = MessageState.DELIVERED
+        elif row["dead_at"] is not None:
+            state = MessageState.DEAD
+        else:
+            state = MessageState.PENDING if row["lease_id"] is None else MessageState.IN_DELIVERY
+        # Of a message that is not open it would say nothing.
+        next_attempt_at = row["next_attempt_at"] if is_open else None
+        return cls.model_validate({**row, "state": state, "next_attempt_at": next_attempt_at})
+
+
+class MessagePage(View):
+    """A page of undelivered messages, oldest first."""
+
+    messages: tuple[MessageView, ...]
+    next_cursor: str | None
+
+
+class OutboxStats(View):
+    """The messages of one destination, by state. Ages count from the change that a message tells of."""
+
+    destination: str
+    pending: int
+    in_delivery: int
+    oldest_pending_seconds: float | None
+    dead: int
+    oldest_dead_seconds: float | None
+    delivered: int

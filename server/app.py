@@ -1,6 +1,5 @@
 """The ASGI application, made from the settings."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -9,6 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from eci_pay.background import background_tasks
 from eci_pay.errors import PayError
 from eci_pay.logs import configure_logs
 from eci_pay.service import PaymentService, open_database, payment_service
@@ -38,16 +38,11 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
-        async with open_service() as service:
-            # Stopped by an event: on Python 3.11 a cancellation may be lost while a connection is waited for.
-            stopped = asyncio.Event()
-            interval_seconds = settings.eci_pay_expire_keys_interval_seconds
-            expiry = asyncio.create_task(service.expire_keys_until(stopped, interval_seconds=interval_seconds))
-            try:
-                yield {"service": service, "service_name": settings.service_name}
-            finally:
-                stopped.set()
-                await expiry
+        async with (
+            open_service() as service,
+            background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve),
+        ):
+            yield {"service": service, "service_name": settings.service_name}
 
     app = Starlette(
         routes=ROUTES,

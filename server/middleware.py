@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eci_pay.context import bind_request_id
+from eci_pay.context import bind_origin
 from server.problems import bug_response, http_problem
 
 STATUS_CLIENT_GONE = 499
@@ -27,7 +27,8 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = bind_request_id(Headers(scope=scope).get("x-request-id"))
+        headers = Headers(scope=scope)
+        request_id = bind_origin(headers.get("x-request-id"), headers.get("traceparent"))
         started = time.perf_counter()
         status = 0  # no response has started
 

@@ -19,7 +19,7 @@ STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.IdempotencyKeyInvalid: 400,
     errors.IdempotencyKeyReused: 422,
     errors.ValidationFailed: 422,
-    errors.PaymentNotFound: 404,
+    errors.NotFound: 404,
     errors.Conflict: 409,
     errors.Unavailable: 503,
 }

@@ -1,4 +1,4 @@
--- Books the gateway's answers: payments, audit rows and the finished responses of the keys.
+-- Books the gateway's answers: payments, audit rows, messages and the finished responses of the keys.
 --
 -- Rows are locked first, in the order in which charge_begin locks them, and status and attempt are
 -- tested on the locked row: in the WHERE of the UPDATE, status would let a cached plan scan
@@ -12,18 +12,25 @@ WITH settlement AS (
         %(completed_at)s::timestamptz[], %(captured_at)s::timestamptz[], %(at)s::timestamptz[],
         %(transaction_log_id)s::bigint[], %(description)s::text[],
         %(key_id)s::bigint[], %(response_body)s::text[], %(status_code)s::bigint[],
-        %(releases_key)s::boolean[]
+        %(releases_key)s::boolean[], %(message_count)s::bigint[], %(request_id)s::text[], %(traceparent)s::text[]
     ) AS s (
         n, order_id, payment_id, attempt, status, authorization_code, gateway_response,
         completed_at, captured_at, at, transaction_log_id, description,
-        key_id, response_body, status_code, releases_key
+        key_id, response_body, status_code, releases_key, message_count, request_id, traceparent
     )
 ),
+message AS (
+    SELECT *
+    FROM unnest(
+        %(message_n)s::bigint[], %(message_number)s::bigint[], %(message_destination)s::text[],
+        %(message_event)s::text[], %(message_payload)s::text[]
+    ) AS m (n, number, destination, event, payload)
+),
 locked AS MATERIALIZED (
-    SELECT s.*, p.amount, p.status AS current_status, p.attempt AS current_attempt
+    SELECT s.*, p.amount, p.status AS current_status, p.attempt AS current_attempt, p.last_sequence
     FROM (SELECT * FROM settlement ORDER BY order_id) s
     CROSS JOIN LATERAL (
-        SELECT amount, status, attempt
+        SELECT amount, status, attempt, last_sequence
         FROM payments
         WHERE payments.payment_id = s.payment_id
         FOR NO KEY UPDATE
@@ -36,7 +43,8 @@ applied AS (
         gateway_response = l.gateway_response,
         completed_at = l.completed_at,
         captured_at = l.captured_at,
-        updated_at = l.at
+        updated_at = l.at,
+        last_sequence = l.last_sequence + l.message_count
     FROM locked l
     WHERE p.payment_id = l.payment_id
       AND l.current_status = 'PROCESSING' AND l.current_attempt = l.attempt
@@ -50,6 +58,14 @@ audited AS (
     SELECT l.transaction_log_id, l.payment_id, 'PAYMENT', l.amount, l.status, l.description, l.at
     FROM applied
     JOIN locked l USING (n)
+),
+told AS (
+    INSERT INTO outbox (payment_id, sequence, destination, event, payload, request_id, traceparent, created_at)
+    SELECT l.payment_id, l.last_sequence + m.number, m.destination, m.event, m.payload::jsonb,
+           l.request_id, l.traceparent, l.at
+    FROM applied
+    JOIN locked l USING (n)
+    JOIN message m USING (n)
 ),
 -- A released key is kept as finished and long expired: the next request with it starts anew.
 finished AS (

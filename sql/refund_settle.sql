@@ -9,18 +9,29 @@ WITH settlement AS (
     FROM unnest(
         %(n)s::bigint[], %(order_id)s::bigint[], %(payment_id)s::bigint[], %(refund_id)s::bigint[],
         %(status)s::text[], %(gateway_reference)s::text[], %(gateway_response)s::text[],
-        %(at)s::timestamptz[], %(description)s::text[]
+        %(at)s::timestamptz[], %(description)s::text[],
+        %(message_count)s::bigint[], %(message_count_in_full)s::bigint[],
+        %(request_id)s::text[], %(traceparent)s::text[]
     ) AS s (
-        n, order_id, payment_id, refund_id, status, gateway_reference, gateway_response, at, description
+        n, order_id, payment_id, refund_id, status, gateway_reference, gateway_response, at, description,
+        message_count, message_count_in_full, request_id, traceparent
     )
 ),
+-- Those of a refund that turns out to be the last one are numbered after the others.
+message AS (
+    SELECT *
+    FROM unnest(
+        %(message_n)s::bigint[], %(message_number)s::bigint[], %(message_destination)s::text[],
+        %(message_event)s::text[], %(message_payload)s::text[]
+    ) AS m (n, number, destination, event, payload)
+),
 locked AS MATERIALIZED (
-    SELECT s.*, f.amount, p.amount AS captured, p.refunded_amount, p.refund_pending,
+    SELECT s.*, f.amount, p.amount AS captured, p.refunded_amount, p.refund_pending, p.last_sequence,
            s.status = 'COMPLETED' AND p.refunded_amount = p.amount AND p.refund_pending = f.amount
                AS refunded_in_full
     FROM (SELECT * FROM settlement ORDER BY order_id) s
     CROSS JOIN LATERAL (
-        SELECT payment_id, amount, refunded_amount, refund_pending
+        SELECT payment_id, amount, refunded_amount, refund_pending, last_sequence
         FROM payments
         WHERE payments.payment_id = s.payment_id
         FOR NO KEY UPDATE
@@ -42,7 +53,9 @@ applied AS (
             ELSE l.refunded_amount
         END,
         status = CASE WHEN l.refunded_in_full THEN 'REFUNDED' ELSE 'COMPLETED' END,
-        updated_at = l.at
+        updated_at = l.at,
+        last_sequence = l.last_sequence
+            + CASE WHEN l.refunded_in_full THEN l.message_count_in_full ELSE l.message_count END
     FROM locked l
     WHERE p.payment_id = l.payment_id
     RETURNING l.n
@@ -69,5 +82,14 @@ audited AS (
     FROM applied
     JOIN locked l USING (n)
     WHERE l.refunded_in_full
+),
+told AS (
+    INSERT INTO outbox (payment_id, sequence, destination, event, payload, request_id, traceparent, created_at)
+    SELECT l.payment_id, l.last_sequence + m.number, m.destination, m.event, m.payload::jsonb,
+           l.request_id, l.traceparent, l.at
+    FROM applied
+    JOIN locked l USING (n)
+    JOIN message m USING (n)
+    WHERE l.refunded_in_full OR m.number <= l.message_count
 )
 SELECT n FROM applied

@@ -1,6 +1,7 @@
 """Rows to begin and settle, and what they came to."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 from eci_pay import answers
 from eci_pay.answers import Answer
@@ -8,11 +9,13 @@ from eci_pay.batches import BeginResult, Begun
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement
 from eci_pay.idempotency import Claim
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
+from eci_pay.messages import Destination, Messages, Subject
 from eci_pay.refund_records import RefundBegin, RefundSettlement
 from eci_pay.service import PaymentService
 from tests.support import Books, ManualClock, charge_request, names, refund_request
 
 NOW = ManualClock().now
+TO_ALL = Messages(frozenset(Destination))
 
 
 def charge_begin(order_id: int, key: str | None = None, **fields: object) -> ChargeBegin:
@@ -46,6 +49,7 @@ def charge_settlement(
         description="told",
         key_id=row["key_id"],
         answer=Answer(status_code=201, body=f"the answer of {begin.request.order_id}", payment_id=row["payment_id"]),
+        messages=TO_ALL.of_change(status, _subject(row["payment_id"], begin.request.order_id)),
     )
 
 
@@ -71,6 +75,17 @@ def refund_settlement(result: BeginResult, status: RefundStatus = RefundStatus.C
         key_id=row["key_id"],
         begin_id=row["begin_id"],
         answer=answers.ok,
+        messages=()
+        if status is RefundStatus.FAILED
+        else TO_ALL.of_refund(
+            _subject(row["payment_id"], row["order_id"]), amount=row["amount"], reason="Customer changed their mind"
+        ),
+    )
+
+
+def _subject(payment_id: int, order_id: int) -> Subject:
+    return Subject(
+        payment_id=payment_id, order_id=order_id, user_id=7, amount=Decimal(100), currency="INR", reference="R"
     )
 
 

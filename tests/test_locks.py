@@ -9,6 +9,7 @@ from eci_pay.batches import BeginResult, Begun
 from eci_pay.charge_records import begin_charges, settle_charges
 from eci_pay.database import arrays, fetch
 from eci_pay.lifecycle import PaymentStatus
+from eci_pay.messages import message_arrays
 from eci_pay.money import whole_amount_currencies
 from eci_pay.refund_records import begin_refunds, settle_refunds
 from eci_pay.service import PaymentService
@@ -46,7 +47,9 @@ async def test_statements_over_the_same_rows_in_opposite_order_wait_and_do_not_d
             "refund_begin": [refund_begin(payment_id, "1") for payment_id in payment_ids],
             "refund_settle": [
                 refund_settlement(
-                    Begun({"order_id": n, "payment_id": p, "refund_id": r, "key_id": None, "begin_id": "b"})
+                    Begun(
+                        {"order_id": n, "payment_id": p, "refund_id": r, "amount": 5, "key_id": None, "begin_id": "b"}
+                    )
                 )
                 for n, p, r in zip(
                     (3, 2, 1),
@@ -57,7 +60,8 @@ async def test_statements_over_the_same_rows_in_opposite_order_wait_and_do_not_d
             ],
         }
         columns = arrays([row.columns() for row in rows[statement]])
-        return {**columns, "takes_over": True, **ARRAYS_OF_CURRENCIES}
+        told = message_arrays([getattr(row, "messages", ()) for row in rows[statement]])
+        return {**columns, **told, "takes_over": True, **ARRAYS_OF_CURRENCIES}
 
     holder, one, two = await sessions(), await sessions(), await sessions()
     await holder.execute("SELECT FROM payments WHERE order_id = 2 FOR UPDATE")

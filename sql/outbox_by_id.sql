@@ -1,0 +1,2 @@
+-- One message.
+SELECT * FROM outbox WHERE message_id = %(message_id)s::bigint
