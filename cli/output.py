@@ -99,7 +99,7 @@ def print_payment(view: "PaymentView") -> None:
         print_json(view.model_dump(mode="json"))
         return
     out = console()
-    out.print(_facts(_payment_facts(view), title=f"Payment {view.payment_id}"))
+    out.print(facts(_payment_facts(view), title=f"Payment {view.payment_id}"))
     if view.refunds:
         rows = [
             (
@@ -170,13 +170,14 @@ def table(headings: Iterable[str], rows: Iterable[tuple[str, ...]], *, right: tu
     return made
 
 
-def _facts(facts: Iterable[tuple[str, Any]], *, title: str) -> "Table":
+def facts(rows: Iterable[tuple[str, Any]], *, title: str) -> "Table":
+    """Names and values, those without a value left out."""
     from rich.table import Table
 
     made = Table(box=None, title=title, title_justify="left", title_style="bold", show_header=False, pad_edge=False)
     made.add_column(style="dim")
     made.add_column(overflow="fold")
-    for name, value in facts:
+    for name, value in rows:
         if value not in (None, ""):
             made.add_row(name, str(value))
     return made

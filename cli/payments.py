@@ -10,6 +10,7 @@ import typer
 
 from cli import output
 from cli.output import JsonOption
+from cli.prompts import confirm
 from cli.runtime import run_use_case
 from eci_pay import errors
 
@@ -86,7 +87,7 @@ def refund(
     fields = {"reason": reason} if amount is None else {"reason": reason, "amount": amount}
     request = parse_request(RefundRequest, fields)
     if not yes:
-        _confirm(f"Refund {request.amount or 'all that is left'} of payment {payment_id}?")
+        confirm(f"Refund {request.amount or 'all that is left'} of payment {payment_id}?", to="refund")
     with _safe_to_repeat(idempotency_key) as key:
         answer = run_use_case(
             lambda service: service.refunds.refund(payment_id=number, request=request, idempotency_key=key)
@@ -173,14 +174,6 @@ def _read(file: str) -> bytes:
     if len(content) > CHARGE_FILE_MAX_BYTES:
         raise errors.InvalidRequest(f"{file}: has more than {CHARGE_FILE_MAX_BYTES} bytes")
     return content
-
-
-def _confirm(question: str) -> None:
-    """A prompt is never required: without a terminal there is none, and nothing is done without --yes."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise errors.InvalidRequest("there is no terminal to ask at: add --yes to refund")
-    if not typer.confirm(question, err=True):
-        raise errors.InvalidRequest("nothing was refunded")
 
 
 @contextmanager

@@ -233,6 +233,11 @@ def parse_order_id(text: str) -> int | None:
     return _parse_id(text, "order_id")
 
 
+def parse_message_id(text: str) -> int | None:
+    """A message's id, as `parse_payment_id`."""
+    return _parse_id(text, "message_id")
+
+
 def _parse_id(text: str, field: str) -> int | None:
     if not (text.isascii() and text.isdigit()):
         raise ValidationFailed.of(field, "must be a whole number")

@@ -1,0 +1,18 @@
+"""Questions to the person at the terminal."""
+
+import sys
+
+import typer
+
+from eci_pay import errors
+
+
+def confirm(question: str, *, to: str) -> None:
+    """Asks before something is done that cannot be undone; raises InvalidRequest where the answer is no.
+
+    A prompt is never required: without a terminal there is none, and nothing is done without --yes.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise errors.InvalidRequest(f"there is no terminal to ask at: add --yes to {to}")
+    if not typer.confirm(question, err=True):
+        raise errors.InvalidRequest("nothing was done")

@@ -1,0 +1,153 @@
+"""Commands about the delivery of messages: relay, and stand-ins for those who take them."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import output
+from cli.output import JsonOption
+from cli.runtime import run, settings_of_command
+from eci_pay import errors
+
+if TYPE_CHECKING:
+    from eci_pay.lanes import Tally
+    from eci_pay.messages import Destination
+    from eci_pay.settings import Settings
+    from server.stand_ins import Received
+
+DELAY_SECONDS_MAX = 3600.0
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this group."""
+    app.command(epilog="Example: eci-pay relay --once")(relay)
+    app.command(epilog="Example: eci-pay peers --fail-rate 0.2 --down inventory")(peers)
+
+
+def relay(
+    once: Annotated[bool, typer.Option("--once", help="Deliver what is due, and end.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Deliver messages to the Order, Inventory and Notification services until SIGTERM."""
+    from eci_pay.messages import service_urls
+
+    settings = settings_of_command()
+    if not service_urls(settings):
+        raise errors.InvalidRequest(
+            "nobody to tell: set ORDER_SERVICE_URL, INVENTORY_SERVICE_URL or NOTIFICATION_SERVICE_URL"
+        )
+    if once:
+        _print_tally(run(_drain(settings)))
+    else:
+        run(_relay(settings))
+
+
+async def _drain(settings: "Settings") -> "Mapping[Destination, Tally]":
+    from eci_pay.relay import connected_relay
+    from eci_pay.service import open_database, payment_service
+
+    async with (
+        payment_service(settings, await open_database(settings)) as service,
+        connected_relay(settings, service.outbox) as relay,
+    ):
+        return await relay.drain()
+
+
+async def _relay(settings: "Settings") -> None:
+    from eci_pay.background import background_tasks
+    from eci_pay.messages import service_urls
+    from eci_pay.service import open_database, payment_service
+
+    async with payment_service(settings, await open_database(settings)) as service:
+        async with background_tasks(settings, service, relays=True):
+            output.note(f"delivering to {', '.join(f'{name} {url}' for name, url in service_urls(settings).items())}")
+            await _until_stopped()
+        output.note("stopped")
+
+
+async def _until_stopped() -> None:
+    """Waits for SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if sys.platform == "win32":
+            signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(stopped.set))
+        else:
+            loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+def _print_tally(tallies: "Mapping[Destination, Tally]") -> None:
+    rows = [(name.value, tally.delivered, tally.failed, tally.dead) for name, tally in tallies.items()]
+    if output.Mode.json:
+        keys = ("peer", "delivered", "failed", "dead")
+        output.print_json([dict(zip(keys, row, strict=True)) for row in rows])
+        return
+    headings = ("Peer", "Delivered", "To be repeated", "Dead")
+    output.console().print(
+        output.table(
+            headings,
+            [tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in rows],
+            right=headings[1:],
+        )
+    )
+
+
+def peers(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65533, help="Of order; inventory and notification have the next. 0: free ones.")
+    ] = 8091,
+    fail_rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="This part of the requests gets 503.")] = 0.0,
+    delay: Annotated[float, typer.Option(min=0.0, max=DELAY_SECONDS_MAX, help="Seconds before each answer.")] = 0.0,
+    down: Annotated[list[str] | None, typer.Option(metavar="PEER", help="Does not run at all; repeatable.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run stand-ins of the Order, Inventory and Notification services, and show what they are told."""
+    from eci_pay.messages import Destination
+    from server.stand_ins import StandIns, running
+
+    settings_of_command()
+    absent = {peer_of(name) for name in down or ()}
+    ports = {name: port and port + number for number, name in enumerate(Destination) if name not in absent}
+    stand_ins = StandIns(fail_rate=fail_rate, delay_seconds=delay, on_received=_print_received)
+
+    async def serve() -> None:
+        try:
+            async with running(stand_ins, ports, host=host) as urls:
+                for name, url in urls.items():
+                    output.note(f"export {name.upper()}_SERVICE_URL={url}")
+                await _until_stopped()
+        except OSError as error:
+            raise errors.Unavailable(f"the stand-ins could not start on {host}: {error}") from None
+
+    run(serve())
+
+
+def peer_of(name: str) -> "Destination":
+    """The peer of a name on the command line; raises InvalidRequest."""
+    from eci_pay.messages import Destination
+
+    try:
+        return Destination(name.lower())
+    except ValueError:
+        raise errors.InvalidRequest(f"{name}: is no peer: {', '.join(Destination)}") from None
+
+
+def _print_received(received: "Received") -> None:
+    import json
+    from dataclasses import asdict
+
+    if output.Mode.json:
+        line = json.dumps(asdict(received))
+    else:
+        repeated = " (repeated)" if received.repeated else ""
+        line = output.printable(
+            f"{received.at} {received.destination:12} {received.status} message {received.idempotency_key}{repeated}: "
+            f"{received.method} {received.path} {json.dumps(received.body, ensure_ascii=False)}"
+        )
+    print(line, flush=True)
