@@ -20,11 +20,23 @@ from psycopg.rows import dict_row
 from eci_pay.database import create_database, drop_database
 from eci_pay.embedded import embedded_url
 from eci_pay.migrations import bundled_migrations, migrate
+from eci_pay.relay import Relay, connected_relay
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from server.app import build_app
 from tests.door import Door
-from tests.support import Books, CommandLine, ManualClock, Opener, RecordingGateway, Session, Sessions, clone_database
+from tests.peers import Peers
+from tests.support import (
+    Books,
+    CommandLine,
+    ManualClock,
+    Opener,
+    RecordingGateway,
+    Relays,
+    Session,
+    Sessions,
+    clone_database,
+)
 
 SHARED_DIR = Path(tempfile.gettempdir()) / f"eci-pay-tests-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 """Kept between runs: its server is created once, and its template database once per set of migrations."""
@@ -200,6 +212,36 @@ async def api(settings: Settings, service: PaymentService) -> AsyncIterator[http
         yield client
     server.should_exit = True
     await running
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Peers]:
+    """The services that are told of payments; they answer well until they are told otherwise."""
+    async with Peers().running() as running:
+        yield running
+
+
+@pytest.fixture
+async def telling(settings: Settings, opened: Opener, peers: Peers) -> AsyncIterator[PaymentService]:
+    """The use cases over the test's database, where all three peers are configured."""
+    async with opened(**peers.settings()) as service:
+        yield service
+
+
+@pytest.fixture
+def relays(settings: Settings, telling: PaymentService, peers: Peers) -> Relays:
+    """Opens a relay of its own connections over the outbox of `telling`, its waits short, or with other settings."""
+
+    def open_relay(**changed: object) -> AbstractAsyncContextManager[Relay]:
+        short: dict[str, object] = {
+            "eci_pay_relay_poll_seconds": 0.05,
+            "eci_pay_relay_timeout_seconds": 0.5,
+            "eci_pay_relay_retry_seconds": 0.2,
+        }
+        update = {**peers.settings(), **short, **changed}
+        return connected_relay(settings.model_copy(update=update), telling.outbox)
+
+    return open_relay
 
 
 @pytest.fixture

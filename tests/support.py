@@ -20,6 +20,7 @@ from psycopg.conninfo import make_conninfo
 from eci_pay.answers import Answer
 from eci_pay.gateways import Approved, GatewayCharge, GatewayRefund, NotFound, Outcome
 from eci_pay.gateways.simulated import SimulatedGateway
+from eci_pay.relay import Relay
 from eci_pay.requests import ChargeRequest, CreateRequest, RefundRequest, parse_request
 from eci_pay.service import PaymentService
 
@@ -31,6 +32,7 @@ LOCK_WAITS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_data
 Session = psycopg.AsyncConnection[dict[str, Any]]
 Sessions = Callable[[], Awaitable[Session]]
 Opener = Callable[..., AbstractAsyncContextManager[PaymentService]]
+Relays = Callable[..., AbstractAsyncContextManager[Relay]]
 
 FAULTS_IN_BOOKS = """
 WITH payment AS (
