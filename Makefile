@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo serve test check constraints clean
+.PHONY: demo serve test check bench constraints clean
 
 # Everything below installs what it needs first, from hashed versions.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ check: $(VENV)/.installed  ## Lint, format, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed  ## Measurements (wants wrk); ARGS="--messages=..." for less
+	$(BIN)/python -m benchmarks.relay $(ARGS)
 
 constraints:  ## Resolve constraints.txt anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \

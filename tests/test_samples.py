@@ -55,7 +55,7 @@ async def test_the_charge_sample_is_charged_from_the_terminal(command_line: Comm
 async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(command_line: CommandLine, books: Books) -> None:
     result = await command_line.run("demo")
     assert result.exit_code == 0, result.stderr
-    assert "8 of 8 claims proved" in result.stdout
+    assert "12 of 12 claims proved" in result.stdout
     assert "NOT SO" not in result.stdout
     assert await books.value("SELECT count(*) FROM payments") == 0
     assert await books.value("SELECT count(*) FROM pg_database WHERE datname LIKE 'eci_pay_demo_%%'") == 0
