@@ -30,9 +30,10 @@ class Relay:
 
     async def drain(self) -> dict[Destination, Tally]:
         """Delivers all that is due, and ends; raises Unavailable where the database cannot be reached."""
-        async with asyncio.TaskGroup() as group:
-            for lane in self._lanes.values():
-                group.create_task(lane.run(until_empty=True))
+        lanes = self._lanes.values()
+        for ended in await asyncio.gather(*(lane.run(until_empty=True) for lane in lanes), return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
         return {destination: lane.tally for destination, lane in self._lanes.items()}
 
 

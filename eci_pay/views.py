@@ -124,14 +124,14 @@ class MessageView(View):
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "MessageView":
-        """The view of a row of `outbox`."""
+        """The view of a row of `outbox_list.sql` or `outbox_by_id.sql`."""
         is_open = row["delivered_at"] is None and row["dead_at"] is None
         if row["delivered_at"] is not None:
             state = MessageState.DELIVERED
         elif row["dead_at"] is not None:
             state = MessageState.DEAD
         else:
-            state = MessageState.PENDING if row["lease_id"] is None else MessageState.IN_DELIVERY
+            state = MessageState.IN_DELIVERY if row["in_delivery"] else MessageState.PENDING
         # Of a message that is not open it would say nothing.
         next_attempt_at = row["next_attempt_at"] if is_open else None
         return cls.model_validate({**row, "state": state, "next_attempt_at": next_attempt_at})

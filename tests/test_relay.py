@@ -1095,7 +1095,7 @@ async def test_delivered_messages_are_deleted_after_their_retention_in_batches_a
     await books.rows(f"UPDATE outbox SET delivered_at = {old} WHERE payment_id = %s AND sequence > 1", overtaken)
     await books.rows(f"UPDATE outbox SET delivered_at = {day} WHERE payment_id = %s", paid_only)
     kept = {row["message_id"] for row in await messages(books)}
-    # Of the line whose first message is dead, the order's, the second stays too; the refund's two others go.
+    # Of that payment, the second message to order stays, because the first of its line is dead; the others go.
     kept -= {
         row["message_id"]
         for row in await messages(books, order_id=3)
