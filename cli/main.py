@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from cli import demo, maintenance, outbox, output, payments, relaying, serving
+from cli import demo, maintenance, outbox, output, payments, recovering, relaying, serving
 from eci_pay import errors
 
 EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
@@ -55,7 +55,7 @@ def eci_pay(
     """The payment service of ECI: charge, refund and query payments."""
 
 
-for commands in (serving, relaying, payments, outbox, maintenance, demo):
+for commands in (serving, relaying, recovering, payments, outbox, maintenance, demo):
     commands.register(app)
 
 

@@ -224,9 +224,9 @@ def _print_stats(stats: "tuple[OutboxStats, ...]") -> None:
             each.destination,
             f"{each.pending:,}",
             f"{each.in_delivery:,}",
-            _age(each.oldest_pending_seconds),
+            output.duration(each.oldest_pending_seconds),
             f"{each.dead:,}",
-            _age(each.oldest_dead_seconds),
+            output.duration(each.oldest_dead_seconds),
             f"{each.delivered:,}",
         )
         for each in stats
@@ -237,16 +237,3 @@ def _print_stats(stats: "tuple[OutboxStats, ...]") -> None:
 
 def _instant(instant: datetime | None) -> str | None:
     return f"{instant:%Y-%m-%d %H:%M:%S} UTC" if instant else None
-
-
-def _age(seconds: float | None) -> str:
-    """In the two largest units."""
-    if seconds is None:
-        return ""
-    left = max(0, int(seconds))
-    parts: list[str] = []
-    for unit in ("d", "h", "m", "s"):
-        count, left = divmod(left, _SECONDS_OF_UNIT[unit])
-        if count or parts:
-            parts.append(f"{count}{unit}")
-    return " ".join(parts[:2]) or "0s"

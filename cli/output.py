@@ -151,6 +151,19 @@ def print_page(page: "PaymentPage") -> None:
         note(f"next page: --cursor {page.next_cursor}")
 
 
+def duration(seconds: float | None) -> str:
+    """A time in its two largest units; nothing for None."""
+    if seconds is None:
+        return ""
+    left = max(0, int(seconds))
+    parts: list[str] = []
+    for unit, unit_seconds in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, unit_seconds)
+        if count or parts:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "0s"
+
+
 def styled(status: str) -> str:
     """A status in its colour, as rich markup."""
     style = _STYLE_OF_STATUS.get(status)

@@ -1,8 +1,5 @@
 """Commands about the delivery of messages: relay, and stand-ins for those who take them."""
 
-import asyncio
-import signal
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +7,7 @@ import typer
 
 from cli import output
 from cli.output import JsonOption
-from cli.runtime import run, settings_of_command
+from cli.runtime import run, settings_of_command, until_stopped
 from eci_pay import errors
 
 if TYPE_CHECKING:
@@ -65,20 +62,8 @@ async def _relay(settings: "Settings") -> None:
     async with payment_service(settings, await open_database(settings)) as service:
         async with background_tasks(settings, service, relays=True):
             output.note(f"delivering to {', '.join(f'{name} {url}' for name, url in service_urls(settings).items())}")
-            await _until_stopped()
+            await until_stopped()
         output.note("stopped")
-
-
-async def _until_stopped() -> None:
-    """Waits for SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if sys.platform == "win32":
-            signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(stopped.set))
-        else:
-            loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
 
 
 def _print_tally(tallies: "Mapping[Destination, Tally]") -> None:
@@ -121,7 +106,7 @@ def peers(
             async with running(stand_ins, ports, host=host) as urls:
                 for name, url in urls.items():
                     output.note(f"export {name.upper()}_SERVICE_URL={url}")
-                await _until_stopped()
+                await until_stopped()
         except OSError as error:
             raise errors.Unavailable(f"the stand-ins could not start on {host}: {error}") from None
 

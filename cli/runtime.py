@@ -60,3 +60,15 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
         # Only output is left to do: a reader that has gone ends us as it ends every other program.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return result
+
+
+async def until_stopped() -> None:
+    """Waits for SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if sys.platform == "win32":
+            signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(stopped.set))
+        else:
+            loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()

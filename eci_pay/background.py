@@ -18,8 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def background_tasks(settings: Settings, service: PaymentService, *, relays: bool) -> AsyncIterator[None]:
-    """Runs them until the block ends; with `relays`, messages are delivered too.
+async def background_tasks(
+    settings: Settings, service: PaymentService, *, relays: bool, recovers: bool
+) -> AsyncIterator[None]:
+    """Runs them until the block ends; with `relays`, messages are delivered too, with `recovers`, unknown outcomes
+    are looked up.
 
     They are stopped by an event: on Python 3.11 a cancellation may be lost while a connection is waited for.
     """
@@ -44,6 +47,9 @@ async def background_tasks(settings: Settings, service: PaymentService, *, relay
             ),
         )
     ]
+    if recovers:
+        interval_seconds = settings.eci_pay_recovery_interval_seconds
+        tasks.append(asyncio.create_task(service.recovery.run_until(stopped, interval_seconds=interval_seconds)))
     if relays:
         tasks.append(asyncio.create_task(_relay_until(stopped, settings, service)))
     try:

@@ -15,27 +15,18 @@ from typing import assert_never
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun, Refused
-from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
+from eci_pay.charge_records import ChargeBegin, begin_charges, record_pending
+from eci_pay.charge_settling import Attempt, ChargeSettling, charge_key
 from eci_pay.database import Database, Row
 from eci_pay.errors import Conflict, InvalidState, OrderAlreadyPaid, OrderExists, OrderInProgress, Unavailable
-from eci_pay.gateways import Approved, Declined, Gateway, GatewayCharge, Outcome, Unknown
+from eci_pay.gateways import Gateway, GatewayCharge, Outcome
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
-from eci_pay.messages import Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
+from eci_pay.recovery import Recovery
 from eci_pay.requests import ChargeRequest, CreateRequest
 from eci_pay.views import PaymentView, TransactionView
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """A charge that has begun: what settle needs to know of it."""
-
-    view: PaymentView
-    settle_log_id: int
-    key_id: int | None
-    begun_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +37,8 @@ class Charges:
     gateway: Gateway
     payments: Payments
     phases: Phases
-    messages: Messages
+    settling: ChargeSettling
+    recovery: Recovery
     clock: Callable[[], datetime]
 
     async def charge(self, *, request: ChargeRequest, idempotency_key: str, caller: str = "") -> Answer:
@@ -78,9 +70,9 @@ class Charges:
         try:
             outcome = await self._ask_gateway(attempt, request)
         except Unavailable as error:
-            await self._give_up(attempt, error)
+            await self.settling.give_up(attempt, error)
             raise
-        return await self._settle(attempt, outcome)
+        return await self.settling.settle(attempt, outcome)
 
     async def _record_pending(self, begin: ChargeBegin) -> Answer:
         """A payment that asks no gateway: recorded and answered in one commit."""
@@ -104,13 +96,18 @@ class Charges:
             at=self.clock(),
         )
 
-    async def _begun(self, begin: ChargeBegin, record: Callable[..., Awaitable[list[BeginResult]]]) -> Row | Answer:
-        """What was recorded, or the answer of a key that was used before."""
+    async def _begun(
+        self, begin: ChargeBegin, record: Callable[..., Awaitable[list[BeginResult]]], *, looked: bool = False
+    ) -> Row | Answer:
+        """What was recorded, or the answer of a key that was used before. Where an unknown outcome stands in the way,
+        it is looked up first."""
         result = (await record(self.database, [begin]))[0]
         match result:
             case Begun(row):
                 return row
             case Refused(row):
+                if not looked and await self.recovery.settle_first(_unsettled(row)):
+                    return await self._begun(begin, record, looked=True)
                 return await self._refusal(begin, row)
             case Exception():
                 raise result
@@ -130,7 +127,7 @@ class Charges:
         try:
             return replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
         except Exception as error:
-            await self._give_up(attempt, error)
+            await self.settling.give_up(attempt, error)
             raise
 
     async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
@@ -164,77 +161,12 @@ class Charges:
         )
         return await self.phases.ask(lambda: self.gateway.charge(charge), begun_at=attempt.begun_at)
 
-    async def _settle(self, attempt: Attempt, outcome: Outcome) -> Answer:
-        answer = None
-        if not isinstance(outcome, Unknown):
-            settlement = self._settlement(attempt, outcome)
-            answer = await self.phases.book(lambda: self._book(attempt, settlement))
-        if answer is None:
-            await self.phases.mark_unknown(attempt.key_id)
-            return answers.unknown(attempt.view)
-        return answer
 
-    async def _book(self, attempt: Attempt, settlement: ChargeSettlement) -> Answer:
-        applied = (await settle_charges(self.database, [settlement]))[0]
-        if isinstance(applied, Exception):
-            raise applied
-        if applied:
-            return settlement.answer
-        return await self._settled_by_another(attempt)
-
-    async def _settled_by_another(self, attempt: Attempt) -> Answer:
-        """What was recorded for this attempt, by an earlier try of ours or by somebody else."""
-        stored = attempt.key_id and await idempotency.read_answer(self.database, attempt.key_id)
-        return stored or answers.unknown(await self.payments.by_id(attempt.view.payment_id))
-
-    async def _give_up(self, attempt: Attempt, error: Exception) -> None:
-        """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
-        declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
-        settlement = self._settlement(attempt, declined, releases_key=True)
-        await self.phases.book(lambda: self._book(attempt, settlement))
-
-    def _settlement(
-        self, attempt: Attempt, outcome: Approved | Declined, *, releases_key: bool = False
-    ) -> ChargeSettlement:
-        view, at = attempt.view, self.clock()
-        if isinstance(outcome, Approved):
-            settled = _approved_view(attempt, outcome, at)
-            answer = answers.created(settled)
-            description = settled.transactions[-1].description
-        else:
-            settled = view.model_copy(
-                update={
-                    "status": PaymentStatus.FAILED,
-                    "gateway_response": f"{outcome.code}: {outcome.message}",
-                }
-            )
-            answer = answers.declined(
-                operation="payment",
-                payment_id=view.payment_id,
-                decline_code=outcome.code,
-                message=outcome.message,
-            )
-            description = f"Charge failed: {outcome.code}"
-        return ChargeSettlement(
-            order_id=view.order_id,
-            payment_id=view.payment_id,
-            attempt=view.attempt,
-            status=settled.status,
-            authorization_code=settled.authorization_code,
-            gateway_response=settled.gateway_response,
-            at=at,
-            transaction_log_id=attempt.settle_log_id,
-            description=description,
-            key_id=attempt.key_id,
-            answer=answer,
-            messages=self.messages.of_change(settled.status, Subject.of_view(settled)),
-            releases_key=releases_key,
-        )
-
-
-def charge_key(transaction_id: str, attempt: int) -> str:
-    """The key that the gateway is given for an attempt: ours, never the client's."""
-    return f"{transaction_id}-{attempt}"
+def _unsettled(found: Row) -> set[int]:
+    """The payments without an outcome that stand in the way of a refused charge: the order's, the key's."""
+    of_order = {found["payment_id"]} if found["status"] == PaymentStatus.PROCESSING else set()
+    is_unanswered = found["key_id"] is not None and found["response_body"] is None
+    return of_order | ({found["key_payment_id"]} if is_unanswered else set())
 
 
 def _order_conflict(begin: ChargeBegin, found: Row) -> Conflict:
@@ -295,27 +227,4 @@ def _view_of_begin(begin: ChargeBegin, row: Row) -> PaymentView:
         refunded_amount=Decimal(0),
         refund_pending=Decimal(0),
         transactions=(begun,),
-    )
-
-
-def _approved_view(attempt: Attempt, outcome: Approved, at: datetime) -> PaymentView:
-    """The payment as settle writes it: what the answer shows is built before it is committed with the answer."""
-    settled = TransactionView(
-        transaction_log_id=attempt.settle_log_id,
-        transaction_type="PAYMENT",
-        amount=attempt.view.amount,
-        status=PaymentStatus.COMPLETED.value,
-        description=f"Charge approved: {outcome.reference}",
-        created_at=at,
-    )
-    return attempt.view.model_copy(
-        update={
-            "status": PaymentStatus.COMPLETED,
-            "authorization_code": outcome.reference,
-            "gateway_response": outcome.message,
-            "updated_at": at,
-            "completed_at": at,
-            "captured_at": at,
-            "transactions": (*attempt.view.transactions, settled),
-        }
     )

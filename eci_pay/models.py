@@ -125,6 +125,7 @@ class Refund(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("begin_id", name="idx_refunds_begin_id"),
         Index("idx_refunds_payment_id", "payment_id"),
+        Index("idx_refunds_processing", "created_at", postgresql_where=text("status = 'PROCESSING'")),
         CheckConstraint("amount > 0 AND amount < 'NaN'", name="refunds_amount_positive"),
         CheckConstraint("status IN ('PROCESSING', 'COMPLETED', 'FAILED')", name="refunds_status_known"),
     )
@@ -165,6 +166,37 @@ class IdempotencyKey(SQLModel, table=True):
     status_code: int | None = None
     created_at: datetime = _instant()
     expires_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+
+
+class Recovery(SQLModel, table=True):
+    """Looks at the gateway for what became of a charge or a refund that was left without an answer."""
+
+    __tablename__ = "recoveries"
+    __table_args__ = (
+        UniqueConstraint("refund_id", name="idx_recoveries_refund_id"),
+        Index(
+            "idx_recoveries_charge", "payment_id", "attempt", unique=True, postgresql_where=text("refund_id IS NULL")
+        ),
+        Index("idx_recoveries_due", "next_look_at", postgresql_where=text("state <> 'DONE'")),
+        CheckConstraint("state IN ('OPEN', 'CHECKING', 'LATE', 'DONE')", name="recoveries_state_known"),
+        CheckConstraint("looks >= 0", name="recoveries_looks_not_negative"),
+    )
+
+    recovery_id: int | None = _id()
+    payment_id: int = _payment_id()
+    attempt: int
+    refund_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="refunds.refund_id")
+    amount: Decimal = _money()
+    currency: str = Field(max_length=3)
+    payment_method: str = Field(max_length=20)
+    state: str = Field(default="OPEN", max_length=20, sa_column_kwargs={"server_default": "OPEN"})
+    looks: int = Field(default=0, sa_column_kwargs={"server_default": text("0")})
+    found_at: datetime = _instant()
+    next_look_at: datetime = _instant()
+    lease_id: UUID | None = None
+    last_result: str | None = Field(default=None, max_length=500)
+    late_reference: str | None = Field(default=None, max_length=100)
+    ended_at: datetime | None = _instant_or_none()
 
 
 class OutboxMessage(SQLModel, table=True):

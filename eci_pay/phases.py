@@ -17,7 +17,7 @@ from eci_pay import idempotency
 from eci_pay.answers import Answer
 from eci_pay.database import Database
 from eci_pay.errors import Unavailable
-from eci_pay.gateways import Approved, Declined, GatewayUnavailable, Outcome, Unknown
+from eci_pay.gateways import Approved, Declined, GatewayUnavailable, NotFound, Outcome, Unknown
 from eci_pay.idempotency import Finish
 
 GATEWAY_REFERENCE_LENGTH_MAX = 50
@@ -72,6 +72,20 @@ class Phases:
         except Exception:  # whatever broke in the adapter, the request may have been sent
             _log.exception("the gateway's adapter failed")
             return Unknown(message="The gateway's answer could not be read.")
+
+    async def look_up(self, ask: Callable[[], Awaitable[Outcome | NotFound]]) -> Outcome | NotFound:
+        """What the gateway says of an earlier operation; Unknown where it cannot be reached."""
+        try:
+            async with asyncio.timeout(self.gateway_timeout_seconds):
+                outcome = await ask()
+        except TimeoutError:
+            return Unknown(message="The gateway did not answer in time.")
+        except GatewayUnavailable as error:
+            return Unknown(message=f"The gateway cannot be reached: {error}")
+        except Exception:  # whatever broke in the adapter, another look may work
+            _log.exception("the gateway's adapter failed")
+            return Unknown(message="The gateway's answer could not be read.")
+        return outcome if isinstance(outcome, NotFound) else _fitted(outcome)
 
     async def book(self, settle: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer | None:
         """Runs `settle` until it is committed; None where it could not be.

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from eci_pay.charge_settling import ChargeSettling
 from eci_pay.charges import Charges
 from eci_pay.database import Database
 from eci_pay.embedded import embedded_url
@@ -18,6 +19,8 @@ from eci_pay.migrations import bundled_migrations, check_schema, migrate
 from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
+from eci_pay.recovery import Recovery, Schedule
+from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
 from eci_pay.status_changes import StatusChanges
@@ -43,6 +46,7 @@ class PaymentService:
     keys: KeyExpiry
     messages: Messages
     outbox: Outbox
+    recovery: Recovery
     database: Database
     clock: Clock
 
@@ -105,20 +109,48 @@ async def payment_service(
         give_up_after=timedelta(hours=settings.eci_pay_relay_give_up_hours),
         retention=timedelta(days=settings.eci_pay_outbox_retention_days),
     )
+    charge_settling = ChargeSettling(
+        database=database, payments=payments, phases=phases, messages=messages, clock=clock
+    )
+    refund_settling = RefundSettling(
+        database=database, payments=payments, phases=phases, messages=messages, clock=clock
+    )
+    recovery = Recovery(
+        database=database,
+        gateway=gateway,
+        charges=charge_settling,
+        refunds=refund_settling,
+        phases=phases,
+        clock=clock,
+        schedule=Schedule.of(settings),
+    )
     await database.open()
     try:
         yield PaymentService(
             charges=Charges(
-                database=database, gateway=gateway, payments=payments, phases=phases, messages=messages, clock=clock
+                database=database,
+                gateway=gateway,
+                payments=payments,
+                phases=phases,
+                settling=charge_settling,
+                recovery=recovery,
+                clock=clock,
             ),
             refunds=Refunds(
-                database=database, gateway=gateway, payments=payments, phases=phases, messages=messages, clock=clock
+                database=database,
+                gateway=gateway,
+                payments=payments,
+                phases=phases,
+                settling=refund_settling,
+                recovery=recovery,
+                clock=clock,
             ),
             status_changes=StatusChanges(database=database, messages=messages, clock=clock),
             payments=payments,
             keys=KeyExpiry(database, clock),
             messages=messages,
             outbox=outbox,
+            recovery=recovery,
             database=database,
             clock=clock,
         )

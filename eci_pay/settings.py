@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from eci_pay.errors import SettingsInvalid
@@ -89,6 +89,17 @@ class Settings(BaseSettings):
     eci_pay_settle_retry_seconds: Seconds = 10.0
     """How long settle is tried again while the database is away; then the caller is told 202."""
 
+    eci_pay_recovery_interval_seconds: Seconds = 2.0
+    """How often `serve` looks for outcomes that are unknown."""
+    eci_pay_recovery_first_look_seconds: Seconds = 5.0
+    """How long something may be PROCESSING before the gateway is asked what became of it."""
+    eci_pay_recovery_look_max_seconds: Seconds = 300.0
+    """The longest distance between two looks; it doubles each time."""
+    eci_pay_recovery_grace_seconds: Seconds = 150.0
+    """How long the gateway's not having heard of a request means nothing: it may still be on its way."""
+    eci_pay_recovery_alert_seconds: Annotated[float, Field(gt=0, le=30 * SECONDS_MAX)] = 900.0
+    """How long something may be unknown before the operator is told."""
+
     eci_pay_body_max_bytes: int = Field(default=65_536, ge=1024)
     """The largest request body."""
     eci_pay_shutdown_timeout_seconds: int = Field(default=30, ge=1)
@@ -120,6 +131,16 @@ class Settings(BaseSettings):
     eci_pay_simulated_slow_seconds: SecondsOrZero = 2.0
     """How long it takes for the amount that is slow, and before it gives up on those that time out."""
 
+    @model_validator(mode="after")
+    def _grace_outlasts_every_request(self) -> "Settings":
+        on_its_way = self.eci_pay_send_deadline_seconds + self.eci_pay_gateway_timeout_seconds
+        if self.eci_pay_recovery_grace_seconds <= max(2 * self.eci_pay_send_deadline_seconds, on_its_way):
+            raise ValueError(
+                "ECI_PAY_RECOVERY_GRACE_SECONDS: must be more than twice ECI_PAY_SEND_DEADLINE_SECONDS, and more than "
+                "that and ECI_PAY_GATEWAY_TIMEOUT_SECONDS together"
+            )
+        return self
+
     def embedded_data_dir(self) -> Path:
         """The directory of the embedded PostgreSQL.
 
@@ -144,7 +165,7 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         faults = tuple(
-            f"{str(fault['loc'][0]).upper()}: {_words(fault['msg'])}"
+            ": ".join([*(str(name).upper() for name in fault["loc"][:1]), _words(fault["msg"])])
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise SettingsInvalid(faults) from None

@@ -40,7 +40,7 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with (
             open_service() as service,
-            background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve),
+            background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve, recovers=True),
         ):
             yield {"service": service, "service_name": settings.service_name}
 

@@ -1,0 +1,132 @@
+"""Settling a refund: what the gateway said of it is booked, whoever found it out. As `charge_settling`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from eci_pay import answers, idempotency
+from eci_pay.answers import Answer
+from eci_pay.database import Database, Row
+from eci_pay.gateways import Approved, Declined, Outcome, Unknown
+from eci_pay.idempotency import KEY_LIFETIME
+from eci_pay.lifecycle import RefundStatus
+from eci_pay.messages import Message, Messages, Subject
+from eci_pay.payments import Payments
+from eci_pay.phases import Phases
+from eci_pay.refund_records import RefundSettlement, settle_refunds
+from eci_pay.views import PaymentView
+
+NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
+"""What comes of a refund of which no gateway need be asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefundSettling:
+    """What is told of a refund is what was booked of it."""
+
+    database: Database
+    payments: Payments
+    phases: Phases
+    messages: Messages
+    clock: Callable[[], datetime]
+
+    async def settle(self, refund: Row, outcome: Outcome, view: PaymentView) -> Answer:
+        """Books what the gateway answered; returns 200, 402 or, where it is unknown or could not be booked, 202."""
+        answer = None
+        if not isinstance(outcome, Unknown):
+            settlement = _settlement(refund, outcome, self.clock(), self._messages_of(refund, outcome, view))
+            answer = await self.phases.book(lambda: self._book(settlement))
+        if answer is None:
+            await self.phases.mark_unknown(refund["key_id"])
+            return answers.unknown(view)
+        return answer
+
+    async def open_refund(self, refund_id: int) -> Row | None:
+        """A refund that is still PROCESSING, as its begin returned it."""
+        params = {"refund_id": refund_id, "key_lifetime_seconds": KEY_LIFETIME.total_seconds()}
+        rows = await self.database.read("refund_open", params)
+        return rows[0] if rows else None
+
+    async def settle_open(self, refund_id: int, outcome: Approved | Declined) -> bool:
+        """Books an outcome that was found out later; whether the refund is settled now, by this or another answer."""
+        refund = await self.open_refund(refund_id)
+        if refund is None:
+            return True
+        view = await self.payments.by_id(refund["payment_id"])
+        settlement = _settlement(refund, outcome, self.clock(), self._messages_of(refund, outcome, view))
+        return await self.phases.book(lambda: self._book(settlement)) is not None
+
+    async def reopen(self, refund_id: int) -> bool:
+        """Takes a refund that was booked as never happened back to PROCESSING, if that much is left to refund."""
+        params = {"refund_id": refund_id, "at": self.clock(), "description": "Refund turned up at the gateway"}
+        return bool(await self.database.fetch("refund_reopen", params))
+
+    def _messages_of(self, refund: Row, outcome: Outcome, view: PaymentView) -> tuple[Message, ...]:
+        if not isinstance(outcome, Approved):
+            return ()
+        reason = next(found.reason for found in view.refunds if found.refund_id == refund["refund_id"])
+        return self.messages.of_refund(Subject.of_view(view), amount=refund["amount"], reason=reason)
+
+    async def _book(self, settlement: RefundSettlement) -> Answer:
+        told = (await settle_refunds(self.database, [settlement]))[0]
+        if isinstance(told, Exception):
+            raise told
+        return told or await self._settled_by_another(settlement)
+
+    async def _settled_by_another(self, settlement: RefundSettlement) -> Answer:
+        """What was recorded for this refund, by an earlier try of ours or by somebody else."""
+        stored = settlement.key_id and await idempotency.read_answer(self.database, settlement.key_id)
+        return stored or settlement.answer(await self.payments.by_id(settlement.payment_id))
+
+    async def give_up(self, refund: Row, error: Exception) -> None:
+        """Releases a refund that was never sent, and frees its key for the caller's next try."""
+        declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
+        settlement = _settlement(refund, declined, self.clock(), (), releases_key=True)
+        await self.phases.book(lambda: self._book(settlement))
+
+
+def refund_key(transaction_id: str, refund_id: int) -> str:
+    """The key that the gateway is given for a refund: ours, never the client's."""
+    return f"{transaction_id}-R{refund_id}"
+
+
+def _settlement(
+    refund: Row,
+    outcome: Approved | Declined,
+    at: datetime,
+    messages: tuple[Message, ...],
+    *,
+    releases_key: bool = False,
+) -> RefundSettlement:
+    payment_id = refund["payment_id"]
+    if isinstance(outcome, Approved):
+        status, response, description = RefundStatus.COMPLETED, outcome.message, "Refund approved"
+    else:
+        status, response = RefundStatus.FAILED, f"{outcome.code}: {outcome.message}"
+        description = f"Refund failed: {outcome.code}"
+
+    def answer(view: PaymentView) -> Answer:
+        if isinstance(outcome, Approved):
+            return answers.ok(view)
+        return declined(payment_id, outcome.code, outcome.message)
+
+    return RefundSettlement(
+        order_id=refund["order_id"],
+        payment_id=payment_id,
+        refund_id=refund["refund_id"],
+        status=status,
+        gateway_reference=(outcome.reference or None) if isinstance(outcome, Approved) else None,
+        gateway_response=response,
+        description=description,
+        at=at,
+        key_id=refund["key_id"],
+        begin_id=refund["begin_id"],
+        answer=answer,
+        messages=messages,
+        releases_key=releases_key,
+    )
+
+
+def declined(payment_id: int, code: str, message: str) -> Answer:
+    """What a caller is told whose refund was refused."""
+    return answers.declined(operation="refund", payment_id=payment_id, decline_code=code, message=message)

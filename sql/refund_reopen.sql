@@ -1,0 +1,43 @@
+-- Takes a refund that was booked as never happened back to PROCESSING, because the gateway did give the money:
+-- reserves it again if that much of the payment is left.
+WITH locked AS MATERIALIZED (
+    SELECT p.payment_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, f.refund_id, f.amount
+    FROM (SELECT payment_id FROM refunds WHERE refund_id = %(refund_id)s::bigint) wanted
+    CROSS JOIN LATERAL (
+        SELECT payment_id, status, amount, refunded_amount, refund_pending
+        FROM payments
+        WHERE payments.payment_id = wanted.payment_id
+        FOR NO KEY UPDATE
+    ) p
+    CROSS JOIN LATERAL (
+        SELECT refund_id, amount, status
+        FROM refunds
+        WHERE refunds.refund_id = %(refund_id)s::bigint
+        FOR NO KEY UPDATE
+    ) f
+    WHERE f.status = 'FAILED' AND p.status = 'COMPLETED' AND p.refunded_amount + f.amount <= p.amount
+),
+reserved AS (
+    UPDATE payments p SET
+        amount = l.captured,
+        status = l.status,
+        refunded_amount = l.refunded_amount + l.amount,
+        refund_pending = l.refund_pending + l.amount,
+        updated_at = %(at)s::timestamptz
+    FROM locked l
+    WHERE p.payment_id = l.payment_id
+    RETURNING p.payment_id
+),
+reopened AS (
+    UPDATE refunds f SET status = 'PROCESSING', updated_at = %(at)s::timestamptz
+    FROM locked l
+    JOIN reserved USING (payment_id)
+    WHERE f.refund_id = l.refund_id
+),
+audited AS (
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
+    SELECT l.payment_id, 'REFUND', l.amount, 'PROCESSING', %(description)s::text, %(at)s::timestamptz
+    FROM locked l
+    JOIN reserved USING (payment_id)
+)
+SELECT refund_id FROM locked
