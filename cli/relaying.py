@@ -7,7 +7,7 @@ import typer
 
 from cli import output
 from cli.output import JsonOption
-from cli.runtime import run, settings_of_command, until_stopped
+from cli.runtime import on_stop, run, settings_of_command, until_stopped
 from eci_pay import errors
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ def relay(
             "nobody to tell: set ORDER_SERVICE_URL, INVENTORY_SERVICE_URL or NOTIFICATION_SERVICE_URL"
         )
     if once:
-        _print_tally(run(_drain(settings)))
+        _print_tally(*run(_drain(settings)))
     else:
         run(_relay(settings))
 
 
-async def _drain(settings: "Settings") -> "Mapping[Destination, Tally]":
+async def _drain(settings: "Settings") -> "tuple[Mapping[Destination, Tally], dict[str, int]]":
+    """What was done, and how many messages are left."""
     from eci_pay.relay import connected_relay
     from eci_pay.service import open_database, payment_service
 
@@ -51,7 +52,9 @@ async def _drain(settings: "Settings") -> "Mapping[Destination, Tally]":
         payment_service(settings, await open_database(settings)) as service,
         connected_relay(settings, service.outbox) as relay,
     ):
-        return await relay.drain()
+        on_stop(relay.stop)
+        tallies = await relay.drain()
+        return tallies, {each.destination: each.pending for each in await service.outbox.stats()}
 
 
 async def _relay(settings: "Settings") -> None:
@@ -66,20 +69,15 @@ async def _relay(settings: "Settings") -> None:
         output.note("stopped")
 
 
-def _print_tally(tallies: "Mapping[Destination, Tally]") -> None:
-    rows = [(name.value, tally.delivered, tally.failed, tally.dead) for name, tally in tallies.items()]
+def _print_tally(tallies: "Mapping[Destination, Tally]", pending: "Mapping[str, int]") -> None:
+    rows = [(name.value, tally.delivered, tally.failed, tally.dead, pending[name]) for name, tally in tallies.items()]
     if output.Mode.json:
-        keys = ("peer", "delivered", "failed", "dead")
+        keys = ("peer", "delivered", "failed", "dead", "pending")
         output.print_json([dict(zip(keys, row, strict=True)) for row in rows])
         return
-    headings = ("Peer", "Delivered", "To be repeated", "Dead")
-    output.console().print(
-        output.table(
-            headings,
-            [tuple(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) for row in rows],
-            right=headings[1:],
-        )
-    )
+    cells = [(name, *(f"{number:,}" for number in numbers)) for name, *numbers in rows]
+    headings = ("Peer", "Delivered", "Failed", "Dead", "Still pending")
+    output.console().print(output.table(headings, cells, right=headings[1:]))
 
 
 def peers(

@@ -62,13 +62,18 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
     return result
 
 
-async def until_stopped() -> None:
-    """Waits for SIGTERM or SIGINT."""
-    stopped = asyncio.Event()
+def on_stop(callback: Callable[[], object]) -> None:
+    """Lets SIGTERM and SIGINT call this instead of ending the process."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         if sys.platform == "win32":
-            signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(stopped.set))
+            signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(callback))
         else:
-            loop.add_signal_handler(number, stopped.set)
+            loop.add_signal_handler(number, callback)
+
+
+async def until_stopped() -> None:
+    """Waits for SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    on_stop(stopped.set)
     await stopped.wait()

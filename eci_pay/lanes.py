@@ -76,6 +76,8 @@ class Lane:
         self._leased = 0
         self._sending: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        self._drains = False
+        self._not_booked: Exception | None = None
 
     def stop(self) -> None:
         """Lets `run` end soon: no new try is begun."""
@@ -87,17 +89,18 @@ class Lane:
 
         Where the database is away, it waits for it; with `until_empty` it raises Unavailable.
         """
+        self._drains = until_empty
         booking = asyncio.create_task(self._book_all())
         try:
             while not self._stopped.is_set():
                 self._wake.clear()
                 self._digest.tell()
                 wanted = self._wanted()
-                claimed = await self._claim(wanted, until_empty=until_empty) if wanted else 0
-                if until_empty and not self._leased:
+                claimed = await self._claim(wanted) if wanted else 0
+                if self._drains and not self._leased:
                     break
                 if claimed < wanted or not wanted:
-                    await self._wait(None if self._leased and (until_empty or not wanted) else self._poll_seconds)
+                    await self._wait(None if self._leased and (self._drains or not wanted) else self._poll_seconds)
         finally:
             self.stop()
             if self._sending:
@@ -105,6 +108,8 @@ class Lane:
             self._ended.put_nowait(None)
             await booking
             self._digest.tell(at_once=True)
+        if self._drains and self._not_booked:
+            raise self._not_booked
 
     def _wanted(self) -> int:
         """How many messages are worth leasing: at least half of what may be, or one to see whether a peer is back."""
@@ -118,7 +123,7 @@ class Lane:
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
 
-    async def _claim(self, count_max: int, *, until_empty: bool) -> int:
+    async def _claim(self, count_max: int) -> int:
         """Leases messages and starts to deliver them."""
         probe = not self._breaker.is_closed
         lease_ends = time.monotonic() + self._lease_seconds
@@ -127,7 +132,7 @@ class Lane:
                 self._peer.destination, count_max=count_max, lease_seconds=self._lease_seconds
             )
         except Exception as error:  # whatever it is, it must not end a lane that serves
-            if until_empty:
+            if self._drains:
                 raise
             self._digest.database_failed(error)
             return 0
@@ -220,7 +225,7 @@ class Lane:
 
     async def _book(self, deliveries: Sequence[Delivery]) -> None:
         def gives_up(state: RetryCallState) -> bool:
-            return self._stopped.is_set() and state.attempt_number >= BOOK_TRIES_AT_END_MAX
+            return (self._stopped.is_set() or self._drains) and state.attempt_number >= BOOK_TRIES_AT_END_MAX
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable),
@@ -235,8 +240,11 @@ class Lane:
                 self.tally.dead += marked.dead
                 self.tally.failed += marked.failed
                 self._digest.add(marked)
-        except Exception:  # their leases end: what has arrived is delivered once more
+        except Exception as error:  # their leases end: what has arrived is delivered once more
             _log.exception("%d deliveries to %s could not be booked", len(deliveries), self._peer.destination)
+            self._not_booked = error
+            if self._drains:
+                self.stop()
         finally:
             self._leased -= len(deliveries)
             self._wake.set()

@@ -24,9 +24,13 @@ class Relay:
         """Delivers until it is stopped; then it ends the tries that are under way and books them."""
         running = [asyncio.create_task(lane.run()) for lane in self._lanes.values()]
         await stopped.wait()
+        self.stop()
+        await asyncio.gather(*running)
+
+    def stop(self) -> None:
+        """Lets every lane end soon."""
         for lane in self._lanes.values():
             lane.stop()
-        await asyncio.gather(*running)
 
     async def drain(self) -> dict[Destination, Tally]:
         """Delivers all that is due, and ends; raises Unavailable where the database cannot be reached."""

@@ -31,12 +31,12 @@ def _database_url(secret: SecretStr) -> SecretStr:
 
 def _service_url(text: str) -> str:
     """The base URL of a service, without its trailing slash."""
-    parts = urlsplit(text)
     try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # brackets that do not match, a port that is no number
         usable = False
-    if not usable or "@" in parts.netloc or parts.query or parts.fragment or not text.isascii() or " " in text:
+    if not usable or not text.isascii() or not text.isprintable() or any(character in text for character in " ?#"):
         # The text itself is not repeated: a password may stand in it.
         raise ValueError("must be a base URL such as http://orders:8080, without user, query or fragment")
     return text.rstrip("/")

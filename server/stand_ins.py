@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from json import JSONDecodeError
 from typing import Any
 
 import uvicorn
@@ -21,11 +20,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from eci_pay.errors import MalformedJson
 from eci_pay.messages import Destination
 from eci_pay.peers import ENDPOINTS
+from eci_pay.requests import parse_json
 
 RECEIVED_MAX = 10_000
 """How many messages are shown: the latest."""
+BODY_SHOWN_BYTES_MAX = 1000
+"""How much is shown of a body that is not taken."""
+SHUTDOWN_SECONDS_MAX = 1
+"""How long requests that are under way are waited for at the end."""
 KNOWN_IDS_MAX = 1_000_000
 """How many message ids are remembered, to tell a repeated message from a new one."""
 
@@ -77,14 +82,12 @@ class StandIns:
         async def take(request: Request) -> Response:
             if request.scope["server"][1] != port:
                 return JSONResponse({"detail": f"this is not the {destination} service"}, 404)
-            try:
-                body = await request.json()
-            except (JSONDecodeError, UnicodeDecodeError):
-                body = None
+            content = await request.body()
+            body = _parsed(destination, content)
             await asyncio.sleep(self.delay_seconds)
             key = request.headers.get("idempotency-key")
             repeated = key in self._taken
-            status = self._status(destination, body)
+            status = self._status(destination, taken=body is not None)
             if status == 200 and key is not None:  # noqa: PLR2004
                 self._remember(key)
             received = Received(
@@ -92,7 +95,7 @@ class StandIns:
                 at=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 method=request.method,
                 path=request.url.path,
-                body=body,
+                body=content[:BODY_SHOWN_BYTES_MAX].decode("utf-8", "replace") if body is None else body,
                 idempotency_key=key,
                 request_id=request.headers.get("x-request-id"),
                 traceparent=request.headers.get("traceparent"),
@@ -105,13 +108,10 @@ class StandIns:
 
         return take
 
-    def _status(self, destination: Destination, body: Any) -> int:
+    def _status(self, destination: Destination, *, taken: bool) -> int:
         if destination in self.failing or random.random() < self.fail_rate:  # noqa: S311 - fails, hides nothing
             return 503
-        wanted = FIELDS[destination]
-        if not isinstance(body, dict) or {name: type(value) for name, value in body.items()} != wanted:
-            return 422
-        return 200
+        return 200 if taken else 422
 
     def _remember(self, key: str) -> None:
         self._taken[key] = None
@@ -122,23 +122,48 @@ class StandIns:
         return JSONResponse([asdict(received) for received in self.received])
 
 
+def _parsed(destination: Destination, content: bytes) -> Any:
+    """The body, if it is what the service takes."""
+    try:
+        body = parse_json(content)
+    except MalformedJson:
+        return None
+    fits = isinstance(body, dict) and {name: type(value) for name, value in body.items()} == FIELDS[destination]
+    return body if fits else None
+
+
 @asynccontextmanager
 async def running(
     stand_ins: StandIns, ports: Mapping[Destination, int], *, host: str = "127.0.0.1"
 ) -> AsyncIterator[dict[Destination, str]]:
     """Serves each destination that has a port, 0 for a free one; yields their URLs. Raises OSError."""
-    listeners = {destination: socket.create_server((host, port)) for destination, port in ports.items()}
+    listeners = {destination: _listener(host, port) for destination, port in ports.items()}
     port_of = {destination: listener.getsockname()[1] for destination, listener in listeners.items()}
-    config = uvicorn.Config(stand_ins.app(port_of), lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        stand_ins.app(port_of),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
+    )
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=list(listeners.values())))
     try:
         while not (server.started or serving.done()):  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
-        yield {destination: f"http://{host}:{port}" for destination, port in port_of.items()}
+        address = f"[{host}]" if ":" in host else host
+        yield {destination: f"http://{address}:{port}" for destination, port in port_of.items()}
     finally:
         server.should_exit = True
         await serving
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family)
+    # asyncio sets it on sockets that it makes itself; without it, every answer waits for a delayed ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 class _Server(uvicorn.Server):
