@@ -31,6 +31,16 @@ def settings_of_command() -> "Settings":
     return settings
 
 
+def settings_of_server() -> "Settings":
+    """The settings of a command that runs until it is stopped, with the logs of a server."""
+    from eci_pay.logs import configure_logs
+    from eci_pay.settings import load_settings
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    return settings
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code."""
     # On Windows psycopg needs the selector loop.

@@ -77,6 +77,7 @@ class Lane:
         self._sending: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._drains = False
+        self._started = 0.0
         self._not_booked: Exception | None = None
 
     def stop(self) -> None:
@@ -90,6 +91,7 @@ class Lane:
         Where the database is away, it waits for it; with `until_empty` it raises Unavailable.
         """
         self._drains = until_empty
+        self._started = time.monotonic()
         booking = asyncio.create_task(self._book_all())
         try:
             while not self._stopped.is_set():
@@ -129,7 +131,11 @@ class Lane:
         lease_ends = time.monotonic() + self._lease_seconds
         try:
             messages = await self._outbox.claim(
-                self._peer.destination, count_max=count_max, lease_seconds=self._lease_seconds
+                self._peer.destination,
+                count_max=count_max,
+                lease_seconds=self._lease_seconds,
+                # What fails while a lane drains may be due again before that has ended: once is enough.
+                due_for_seconds=time.monotonic() - self._started if self._drains else 0.0,
             )
         except Exception as error:  # whatever it is, it must not end a lane that serves
             if self._drains:

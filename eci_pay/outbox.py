@@ -7,7 +7,7 @@ and only to one relay at a time: it holds the message by a lease. All times are 
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from psycopg.types.numeric import Int8
@@ -46,6 +46,7 @@ class LeasedMessage:
     lease_id: uuid.UUID
     request_id: str | None
     traceparent: str | None
+    due_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +89,16 @@ class Outbox:
         self._give_up_after = give_up_after
         self._retention = retention
 
-    async def claim(self, destination: Destination, *, count_max: int, lease_seconds: float) -> list[LeasedMessage]:
-        """Leases messages that are due, the longest waiting first."""
+    async def claim(
+        self, destination: Destination, *, count_max: int, lease_seconds: float, due_for_seconds: float = 0.0
+    ) -> list[LeasedMessage]:
+        """Leases messages that have been due for so long, the longest waiting first."""
         params = {
             "destination": destination.value,
             "count_max": count_max,
             "lease_seconds": lease_seconds,
             "lease_id": uuid.uuid4(),
+            "due_for_seconds": due_for_seconds,
         }
         rows = await self._database.fetch("outbox_claim", params)
         return [LeasedMessage(**{**row, "destination": Destination(row["destination"])}) for row in rows]
@@ -107,6 +111,7 @@ class Outbox:
             "outcome": [delivery.outcome.value for delivery in deliveries],
             "error": [delivery.error for delivery in deliveries],
             "delay_seconds": [float(delivery.delay_seconds) for delivery in deliveries],
+            "due_at": [delivery.message.due_at for delivery in deliveries],
             "give_up_seconds": self._give_up_after.total_seconds(),
         }
         rows = await self._database.fetch("outbox_mark", params)

@@ -5,11 +5,11 @@
 -- and with a LIMIT: as a join the planner might compute it for the whole backlog. Leases and schedules go
 -- by the database's clock, because those of replicas may differ.
 WITH due AS (
-    SELECT m.message_id
+    SELECT m.message_id, m.next_attempt_at AS due_at
     FROM outbox m
     WHERE m.destination = %(destination)s::text
       AND m.delivered_at IS NULL AND m.dead_at IS NULL
-      AND m.next_attempt_at <= now()
+      AND m.next_attempt_at <= now() - make_interval(secs => %(due_for_seconds)s::double precision)
       AND m.message_id = (
           SELECT head.message_id
           FROM outbox head
@@ -29,7 +29,7 @@ leased AS (
     FROM due
     WHERE m.message_id = due.message_id
     RETURNING m.message_id, m.payment_id, m.destination, m.payload::text AS body, m.attempts, m.lease_id,
-              m.request_id, m.traceparent
+              m.request_id, m.traceparent, due.due_at
 )
 SELECT leased.*, payments.order_id
 FROM leased
