@@ -53,8 +53,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
-    """Opens the service, runs one use case, and closes it when all that has begun has ended."""
+def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bool = False) -> T:
+    """Opens the service, runs one use case, and closes it when all that has begun has ended. One that `changes`
+    payments warns first of services that would not be told."""
     from eci_pay.service import open_database, payment_service
 
     settings = settings_of_command()
@@ -62,7 +63,8 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
     async def work() -> T:
         url = await open_database(settings)
         async with payment_service(settings, url) as service:
-            await service.warn_of_untold()
+            if changes:
+                await service.warn_of_untold()
             return await use(service)
 
     result = run(work())

@@ -38,8 +38,13 @@ DELAY_JITTER = 0.2
 """By which part the distance between deliveries of a message varies."""
 BOOK_GATHER_SECONDS = 0.02
 """How long ended deliveries are gathered before they are booked together."""
-BOOK_TRIES_AT_END_MAX = 5
-"""How often a lane that stops tries to book what it has delivered; else that is delivered again."""
+BOOK_SECONDS_AT_END_MAX = 10.0
+"""How long a lane that stops tries to book what it has delivered; else that is delivered again."""
+PROBES = 10
+"""How many messages find out whether a peer that was down is back: half of them the longest due, half the newest, for
+those that have waited longest may be the very ones that it cannot take."""
+LEASE_MARGIN_SECONDS = 1.0
+"""How much longer than its timeout a try may take: timeouts of more than 5 s are rounded up by aiohttp."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ class Lane:
         self._try_seconds = settings.eci_pay_relay_timeout_seconds
         # Each try may take that long, and each but the first is waited for at most as long.
         self._delivery_max_seconds = (2 * peer.endpoint.tries_max - 1) * self._try_seconds
-        self._lease_seconds = self._delivery_max_seconds + 3 * self._try_seconds
+        self._lease_seconds = self._delivery_max_seconds + 3 * self._try_seconds + LEASE_MARGIN_SECONDS
         self._leased_max = LEASED_PER_REQUEST_MAX * settings.eci_pay_relay_concurrency
         self._slots = asyncio.Semaphore(settings.eci_pay_relay_concurrency)
         self._breaker = Breaker()
@@ -108,15 +113,18 @@ class Lane:
             if self._sending:
                 await asyncio.wait(self._sending)
             self._ended.put_nowait(None)
-            await booking
+            await asyncio.wait({booking}, timeout=BOOK_SECONDS_AT_END_MAX)
+            if not booking.done():
+                _log.warning("deliveries to %s are not booked: they will be repeated", self._peer.destination)
+                booking.cancel()
             self._digest.tell(at_once=True)
         if self._drains and self._not_booked:
             raise self._not_booked
 
     def _wanted(self) -> int:
-        """How many messages are worth leasing: at least half of what may be, or one to see whether a peer is back."""
+        """How many messages are worth leasing: at least half of what may be, or a few to see whether a peer is back."""
         if not self._breaker.is_closed:
-            return 0 if self._leased or self._breaker.wait_seconds else 1
+            return 0 if self._leased or self._breaker.wait_seconds else PROBES
         free = self._leased_max - self._leased
         return free if 2 * free >= self._leased_max else 0
 
@@ -130,13 +138,9 @@ class Lane:
         probe = not self._breaker.is_closed
         lease_ends = time.monotonic() + self._lease_seconds
         try:
-            messages = await self._outbox.claim(
-                self._peer.destination,
-                count_max=count_max,
-                lease_seconds=self._lease_seconds,
-                # What fails while a lane drains may be due again before that has ended: once is enough.
-                due_for_seconds=time.monotonic() - self._started if self._drains else 0.0,
-            )
+            messages = await self._lease(count_max // 2 if probe else count_max)
+            if probe:
+                messages += await self._lease(count_max - count_max // 2, newest=True)
         except Exception as error:  # whatever it is, it must not end a lane that serves
             if self._drains:
                 raise
@@ -149,6 +153,16 @@ class Lane:
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
         return len(messages)
+
+    async def _lease(self, count_max: int, *, newest: bool = False) -> list[LeasedMessage]:
+        return await self._outbox.claim(
+            self._peer.destination,
+            count_max=count_max,
+            lease_seconds=self._lease_seconds,
+            # What fails while a lane drains may be due again before that has ended: once is enough.
+            due_for_seconds=time.monotonic() - self._started if self._drains else 0.0,
+            newest=newest,
+        )
 
     async def _deliver(self, message: LeasedMessage, lease_ends: float, *, probe: bool) -> None:
         """Tries until it is delivered or refused, or not worth trying before its next delivery."""
@@ -172,23 +186,23 @@ class Lane:
             sleep=self._sleep,
             retry_error_callback=lambda _: True,
         )
-        try:
-            await retrying(has_ended)
-        except Exception:  # a defect of ours: the message must not keep its line waiting without a trace
-            _log.exception("message %d could not be sent", message.message_id)
-            tried = Try(outcome=Outcome.FAILED, error="it could not be sent: see the log")
+        await retrying(has_ended)
         self._ended.put_nowait(self._delivery(message, tried))
 
     def _may_try(self, lease_ends: float, *, first: bool, probe: bool) -> bool:
         """Whether a try may begin: the lease outlasts it, and the peer is not known to be down."""
         needed_seconds = self._delivery_max_seconds if first else self._try_seconds
-        if self._stopped.is_set() or time.monotonic() + needed_seconds > lease_ends:
+        if self._stopped.is_set() or time.monotonic() + needed_seconds + LEASE_MARGIN_SECONDS > lease_ends:
             return False
         return self._breaker.is_closed or (probe and first)
 
     async def _try(self, message: LeasedMessage) -> Try:
         """Sends a message, and learns from the answer whether the peer is up."""
-        tried = await self._peer.send(message)
+        try:
+            tried = await self._peer.send(message)
+        except Exception:  # a defect of ours: the message must not keep its line waiting without a trace
+            _log.exception("message %d could not be sent", message.message_id)
+            tried = Try(outcome=Outcome.FAILED, error="it could not be sent: see the log")
         if tried.outcome is not Outcome.FAILED:
             open_seconds = self._breaker.succeed()
             if open_seconds is not None:
@@ -231,7 +245,8 @@ class Lane:
 
     async def _book(self, deliveries: Sequence[Delivery]) -> None:
         def gives_up(state: RetryCallState) -> bool:
-            return (self._stopped.is_set() or self._drains) and state.attempt_number >= BOOK_TRIES_AT_END_MAX
+            ends = self._stopped.is_set() or self._drains
+            return ends and (state.seconds_since_start or 0.0) >= BOOK_SECONDS_AT_END_MAX
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable),

@@ -146,5 +146,6 @@ def retry_after_seconds(value: str | None) -> float:
 
 
 def _text(text: str) -> str:
-    """As it is kept: one line of printable characters."""
-    return "".join(c if c.isprintable() else " " for c in text)[:ERROR_LENGTH_MAX]
+    """As it is kept: one line of ASCII, which every database can hold."""
+    line = "".join(c if c.isprintable() else " " for c in text[:ERROR_LENGTH_MAX])
+    return line.encode("ascii", "backslashreplace").decode()[:ERROR_LENGTH_MAX]
