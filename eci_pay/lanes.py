@@ -26,6 +26,7 @@ from eci_pay.breaker import Breaker
 from eci_pay.errors import Unavailable
 from eci_pay.failure_digest import FailureDigest
 from eci_pay.outbox import Delivery, LeasedMessage, Marked, Outbox, Outcome
+from eci_pay.pace import Pace
 from eci_pay.peers import Peer, Try
 from eci_pay.settings import Settings
 
@@ -75,6 +76,7 @@ class Lane:
         self._leased_max = LEASED_PER_REQUEST_MAX * settings.eci_pay_relay_concurrency
         self._slots = asyncio.Semaphore(settings.eci_pay_relay_concurrency)
         self._breaker = Breaker()
+        self._pace = Pace(per_second=settings.eci_pay_relay_messages_per_second_max, burst=self._leased_max)
         self._digest = FailureDigest(peer.destination)
         self._stopped = asyncio.Event()
         self._wake = asyncio.Event()
@@ -104,10 +106,10 @@ class Lane:
                 self._digest.tell()
                 wanted = self._wanted()
                 claimed = await self._claim(wanted) if wanted else 0
-                if self._drains and not self._leased:
+                if self._drains and not self._leased and (wanted or not self._breaker.is_closed):
                     break
                 if claimed < wanted or not wanted:
-                    await self._wait(None if self._leased and (self._drains or not wanted) else self._poll_seconds)
+                    await self._wait(self._wait_seconds(wanted))
         finally:
             self.stop()
             if self._sending:
@@ -125,8 +127,17 @@ class Lane:
         """How many messages are worth leasing: at least half of what may be, or a few to see whether a peer is back."""
         if not self._breaker.is_closed:
             return 0 if self._leased or self._breaker.wait_seconds else PROBES
-        free = self._leased_max - self._leased
-        return free if 2 * free >= self._leased_max else 0
+        wanted = min(self._leased_max - self._leased, self._pace.available())
+        return wanted if wanted >= self._leased_max // 2 else 0
+
+    def _wait_seconds(self, wanted: int) -> float | None:
+        """How long until more may be worth leasing; None: until something under way has ended."""
+        if self._leased and (self._drains or not self._breaker.is_closed):
+            return None
+        if wanted or not self._breaker.is_closed:
+            return self._poll_seconds
+        worth = self._leased_max // 2
+        return self._pace.wait_seconds(worth) if self._leased_max - self._leased >= worth else None
 
     async def _wait(self, seconds: float | None) -> None:
         with suppress(TimeoutError):
@@ -148,6 +159,7 @@ class Lane:
             return 0
         self._digest.database_worked()
         self._leased += len(messages)
+        self._pace.take(len(messages))
         for message in messages:
             task = asyncio.create_task(self._deliver(message, lease_ends, probe=probe))
             self._sending.add(task)

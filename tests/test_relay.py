@@ -1232,3 +1232,14 @@ async def test_the_background_tasks_of_a_server_deliver_what_it_changes(
         await until_all(books, "delivered")
     await assert_all_arrived_in_order(books, peers)
     assert peers.repeated() == {}
+
+
+async def test_a_drain_is_no_faster_than_it_may_be_and_yet_delivers_all(
+    telling: PaymentService, relays: Relays, peers: Peers
+) -> None:
+    """Beyond a first burst of 8 for each request that may be under way."""
+    await paid(telling, *range(1, 61))
+    begun = time.monotonic()
+    await drain(relays, eci_pay_relay_messages_per_second_max=50, eci_pay_relay_concurrency=1)
+    assert time.monotonic() - begun >= (60 - 8 - 8) / 50
+    assert len(peers.accepted()) == 120
