@@ -56,13 +56,13 @@ def list_messages(
     from eci_pay.requests import ID_MAX, parse_message_id
 
     destinations = tuple(Destination) if peer is None else (peer_of(peer),)
-    after = 0 if cursor is None else parse_message_id(cursor) or ID_MAX
+    after = parse_message_id(cursor, "cursor") if cursor is not None and cursor.strip("0") else 0
     page = run_use_case(
         lambda service: service.outbox.page(
             destinations=destinations,
             pending=pending or not dead,
             dead=dead or not pending,
-            after=after,
+            after=ID_MAX if after is None else after,
             count_max=limit,
         )
     )
@@ -138,7 +138,7 @@ def purge(
 
 @outbox.command(epilog="Example: eci-pay outbox stats --json")
 def stats(as_json: JsonOption = False) -> None:
-    """Count messages by peer, and tell how old the oldest undelivered ones are."""
+    """Count the messages that are not delivered, by peer, and tell how old the oldest are."""
     _print_stats(run_use_case(lambda service: service.outbox.stats()))
 
 
@@ -227,11 +227,10 @@ def _print_stats(stats: "tuple[OutboxStats, ...]") -> None:
             output.duration(each.oldest_pending_seconds),
             f"{each.dead:,}",
             output.duration(each.oldest_dead_seconds),
-            f"{each.delivered:,}",
         )
         for each in stats
     ]
-    headings = ("Peer", "Pending", "In delivery", "Oldest pending", "Dead", "Oldest dead", "Delivered")
+    headings = ("Peer", "Pending", "In delivery", "Oldest pending", "Dead", "Oldest dead")
     output.console().print(output.table(headings, rows, right=headings[1:]))
 
 

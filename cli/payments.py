@@ -66,7 +66,9 @@ def charge(
         raise errors.InvalidRequest("give a FILE, or --order-id, --user-id, --amount and --method")
     request: ChargeRequest = parse_request(ChargeRequest, fields if file is None else parse_json(_read(file)))
     with _safe_to_repeat(idempotency_key) as key:
-        answer = run_use_case(lambda service: service.charges.charge(request=request, idempotency_key=key))
+        answer = run_use_case(
+            lambda service: service.charges.charge(request=request, idempotency_key=key), changes=True
+        )
         _finish(answer)
 
 
@@ -90,7 +92,8 @@ def refund(
         confirm(f"Refund {request.amount or 'all that is left'} of payment {payment_id}?", to="refund")
     with _safe_to_repeat(idempotency_key) as key:
         answer = run_use_case(
-            lambda service: service.refunds.refund(payment_id=number, request=request, idempotency_key=key)
+            lambda service: service.refunds.refund(payment_id=number, request=request, idempotency_key=key),
+            changes=True,
         )
         _finish(answer)
 
@@ -154,7 +157,7 @@ def cancel(payment_id: Annotated[str, typer.Argument(metavar="PAYMENT_ID")], as_
     from eci_pay.requests import parse_payment_id
 
     number = parse_payment_id(payment_id)
-    output.print_payment(run_use_case(lambda service: service.status_changes.cancel(payment_id=number)))
+    output.print_payment(run_use_case(lambda service: service.status_changes.cancel(payment_id=number), changes=True))
 
 
 def _number(text: str | None) -> object:

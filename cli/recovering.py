@@ -7,7 +7,7 @@ import typer
 
 from cli import output
 from cli.output import JsonOption
-from cli.runtime import run, run_use_case, settings_of_command, until_stopped
+from cli.runtime import run, run_use_case, settings_of_server, until_stopped
 from eci_pay import errors
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def recover(
     if once and dry_run:
         raise errors.InvalidRequest("--once and --dry-run exclude each other")
     if not (once or dry_run):
-        run(_recover(settings_of_command()))
+        run(_recover(settings_of_server()))
         return
 
     async def use(service: "PaymentService") -> "tuple[list[Look], list[Look]]":

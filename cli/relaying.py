@@ -7,7 +7,7 @@ import typer
 
 from cli import output
 from cli.output import JsonOption
-from cli.runtime import on_stop, run, settings_of_command, until_stopped
+from cli.runtime import on_stop, run, settings_of_command, settings_of_server, until_stopped
 from eci_pay import errors
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def relay(
     """Deliver messages to the Order, Inventory and Notification services until SIGTERM."""
     from eci_pay.messages import service_urls
 
-    settings = settings_of_command()
+    settings = settings_of_command() if once else settings_of_server()
     if not service_urls(settings):
         raise errors.InvalidRequest(
             "nobody to tell: set ORDER_SERVICE_URL, INVENTORY_SERVICE_URL or NOTIFICATION_SERVICE_URL"

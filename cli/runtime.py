@@ -31,6 +31,16 @@ def settings_of_command() -> "Settings":
     return settings
 
 
+def settings_of_server() -> "Settings":
+    """The settings of a command that runs until it is stopped, with the logs of a server."""
+    from eci_pay.logs import configure_logs
+    from eci_pay.settings import load_settings
+
+    settings = load_settings()
+    configure_logs(settings.log_level)
+    return settings
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code."""
     # On Windows psycopg needs the selector loop.
@@ -43,8 +53,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
-    """Opens the service, runs one use case, and closes it when all that has begun has ended."""
+def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bool = False) -> T:
+    """Opens the service, runs one use case, and closes it when all that has begun has ended. One that `changes`
+    payments warns first of services that would not be told."""
     from eci_pay.service import open_database, payment_service
 
     settings = settings_of_command()
@@ -52,7 +63,8 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]]) -> T:
     async def work() -> T:
         url = await open_database(settings)
         async with payment_service(settings, url) as service:
-            await service.warn_of_untold()
+            if changes:
+                await service.warn_of_untold()
             return await use(service)
 
     result = run(work())

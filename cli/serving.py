@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cli.runtime import run
+from cli.runtime import run, settings_of_server
 from eci_pay import errors
 
 
@@ -19,13 +19,10 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
 ) -> None:
     """Serve the HTTP API until SIGTERM, then finish what has begun."""
-    from eci_pay.logs import configure_logs
     from eci_pay.service import open_database
-    from eci_pay.settings import load_settings
     from server.run import run_server
 
-    settings = load_settings()
-    configure_logs(settings.log_level)
+    settings = settings_of_server()
     run(open_database(settings))  # says what is wrong before any worker starts
     try:
         run_server(settings, host=host, port=port, workers=workers)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-from eci_pay.errors import Unavailable
 from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX
 from eci_pay.outbox import PURGE_BATCH_SIZE_MAX
 from eci_pay.service import PaymentService
@@ -19,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def background_tasks(
-    settings: Settings, service: PaymentService, *, relays: bool, recovers: bool
+    settings: Settings, service: PaymentService, *, relays: bool = False, recovers: bool = False
 ) -> AsyncIterator[None]:
     """Runs them until the block ends; with `relays`, messages are delivered too, with `recovers`, unknown outcomes
     are looked up.
@@ -60,8 +59,10 @@ async def background_tasks(
 
 
 async def _warn(service: PaymentService) -> None:
-    with suppress(Unavailable):
+    try:
         await service.warn_of_untold()
+    except Exception as error:  # it is only a warning
+        _log.info("not known whom others tell of payments: %s", error)
 
 
 async def _delete_until(

@@ -15,7 +15,7 @@ JITTER = 0.2
 
 
 class Breaker:
-    """Closed: everything may be tried. Open: nothing. After a while one probe may be, whose outcome decides."""
+    """Closed: everything may be tried. Open: nothing. After a while probes may be, and one success closes it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -44,7 +44,7 @@ class Breaker:
 
     def fail(self, what: Hashable, *, retry_after_seconds: float = 0.0) -> bool:
         """Something failed; returns whether that opened it. Open, it stays so for longer each time, and at least as
-        long as the other side has asked for."""
+        long as the other side has asked for, but never longer than `OPEN_SECONDS_MAX`."""
         now = self._clock()
         self._failed.add(what)
         if self._open_until is None:

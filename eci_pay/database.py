@@ -195,6 +195,8 @@ def connection_info(url: str, settings: Settings) -> str:
     }
     given = conninfo_to_dict(url)
     options = [f"-c {name}={max(1, round(value * 1000))}" for name, value in limits.items() if value]
+    if options:
+        options.append("-c jit=off")  # it takes longer than any statement of ours
     defaults: dict[str, Any] = {
         "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "application_name": settings.service_name,

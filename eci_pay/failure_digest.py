@@ -24,7 +24,7 @@ class FailureDigest:
         self._dead: list[int] = []
         self._error = ""
         self._told_at = -math.inf
-        self._database_is_away = False
+        self._database_fails = False
 
     def add(self, marked: Marked) -> None:
         """Takes note of a delivery."""
@@ -56,15 +56,16 @@ class FailureDigest:
 
     def database_failed(self, error: Exception) -> None:
         """Logs that no messages can be leased, once until that works again."""
+        if self._database_fails:
+            return
+        self._database_fails = True
         if isinstance(error, Unavailable):
-            if not self._database_is_away:
-                _log.warning("messages to %s wait: %s", self._destination, error)
-            self._database_is_away = True
+            _log.warning("messages to %s wait: %s", self._destination, error)
         else:
             _log.error("messages to %s cannot be leased", self._destination, exc_info=error)
 
     def database_worked(self) -> None:
         """Logs that messages can be leased again."""
-        if self._database_is_away:
+        if self._database_fails:
             _log.info("messages to %s are delivered again", self._destination)
-        self._database_is_away = False
+        self._database_fails = False

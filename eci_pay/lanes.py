@@ -26,6 +26,7 @@ from eci_pay.breaker import Breaker
 from eci_pay.errors import Unavailable
 from eci_pay.failure_digest import FailureDigest
 from eci_pay.outbox import Delivery, LeasedMessage, Marked, Outbox, Outcome
+from eci_pay.pace import Pace
 from eci_pay.peers import Peer, Try
 from eci_pay.settings import Settings
 
@@ -38,8 +39,13 @@ DELAY_JITTER = 0.2
 """By which part the distance between deliveries of a message varies."""
 BOOK_GATHER_SECONDS = 0.02
 """How long ended deliveries are gathered before they are booked together."""
-BOOK_TRIES_AT_END_MAX = 5
-"""How often a lane that stops tries to book what it has delivered; else that is delivered again."""
+BOOK_SECONDS_AT_END_MAX = 10.0
+"""How long a lane that stops tries to book what it has delivered; else that is delivered again."""
+PROBES = 10
+"""How many messages find out whether a peer that was down is back: half of them the longest due, half the newest, for
+those that have waited longest may be the very ones that it cannot take."""
+LEASE_MARGIN_SECONDS = 1.0
+"""How much longer than its timeout a try may take: timeouts of more than 5 s are rounded up by aiohttp."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +72,11 @@ class Lane:
         self._try_seconds = settings.eci_pay_relay_timeout_seconds
         # Each try may take that long, and each but the first is waited for at most as long.
         self._delivery_max_seconds = (2 * peer.endpoint.tries_max - 1) * self._try_seconds
-        self._lease_seconds = self._delivery_max_seconds + 3 * self._try_seconds
+        self._lease_seconds = self._delivery_max_seconds + 3 * self._try_seconds + LEASE_MARGIN_SECONDS
         self._leased_max = LEASED_PER_REQUEST_MAX * settings.eci_pay_relay_concurrency
         self._slots = asyncio.Semaphore(settings.eci_pay_relay_concurrency)
         self._breaker = Breaker()
+        self._pace = Pace(per_second=settings.eci_pay_relay_messages_per_second_max, burst=self._leased_max)
         self._digest = FailureDigest(peer.destination)
         self._stopped = asyncio.Event()
         self._wake = asyncio.Event()
@@ -77,6 +84,7 @@ class Lane:
         self._sending: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._drains = False
+        self._started = 0.0
         self._not_booked: Exception | None = None
 
     def stop(self) -> None:
@@ -90,6 +98,7 @@ class Lane:
         Where the database is away, it waits for it; with `until_empty` it raises Unavailable.
         """
         self._drains = until_empty
+        self._started = time.monotonic()
         booking = asyncio.create_task(self._book_all())
         try:
             while not self._stopped.is_set():
@@ -97,26 +106,38 @@ class Lane:
                 self._digest.tell()
                 wanted = self._wanted()
                 claimed = await self._claim(wanted) if wanted else 0
-                if self._drains and not self._leased:
+                if self._drains and not self._leased and (wanted or not self._breaker.is_closed):
                     break
                 if claimed < wanted or not wanted:
-                    await self._wait(None if self._leased and (self._drains or not wanted) else self._poll_seconds)
+                    await self._wait(self._wait_seconds(wanted))
         finally:
             self.stop()
             if self._sending:
                 await asyncio.wait(self._sending)
             self._ended.put_nowait(None)
-            await booking
+            await asyncio.wait({booking}, timeout=BOOK_SECONDS_AT_END_MAX)
+            if not booking.done():
+                _log.warning("deliveries to %s are not booked: they will be repeated", self._peer.destination)
+                booking.cancel()
             self._digest.tell(at_once=True)
         if self._drains and self._not_booked:
             raise self._not_booked
 
     def _wanted(self) -> int:
-        """How many messages are worth leasing: at least half of what may be, or one to see whether a peer is back."""
+        """How many messages are worth leasing: at least half of what may be, or a few to see whether a peer is back."""
         if not self._breaker.is_closed:
-            return 0 if self._leased or self._breaker.wait_seconds else 1
-        free = self._leased_max - self._leased
-        return free if 2 * free >= self._leased_max else 0
+            return 0 if self._leased or self._breaker.wait_seconds else PROBES
+        wanted = min(self._leased_max - self._leased, self._pace.available())
+        return wanted if wanted >= self._leased_max // 2 else 0
+
+    def _wait_seconds(self, wanted: int) -> float | None:
+        """How long until more may be worth leasing; None: until something under way has ended."""
+        if self._leased and (self._drains or not self._breaker.is_closed):
+            return None
+        if wanted or not self._breaker.is_closed:
+            return self._poll_seconds
+        worth = self._leased_max // 2
+        return self._pace.wait_seconds(worth) if self._leased_max - self._leased >= worth else None
 
     async def _wait(self, seconds: float | None) -> None:
         with suppress(TimeoutError):
@@ -128,9 +149,9 @@ class Lane:
         probe = not self._breaker.is_closed
         lease_ends = time.monotonic() + self._lease_seconds
         try:
-            messages = await self._outbox.claim(
-                self._peer.destination, count_max=count_max, lease_seconds=self._lease_seconds
-            )
+            messages = await self._lease(count_max // 2 if probe else count_max)
+            if probe:
+                messages += await self._lease(count_max - count_max // 2, newest=True)
         except Exception as error:  # whatever it is, it must not end a lane that serves
             if self._drains:
                 raise
@@ -138,11 +159,22 @@ class Lane:
             return 0
         self._digest.database_worked()
         self._leased += len(messages)
+        self._pace.take(len(messages))
         for message in messages:
             task = asyncio.create_task(self._deliver(message, lease_ends, probe=probe))
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
         return len(messages)
+
+    async def _lease(self, count_max: int, *, newest: bool = False) -> list[LeasedMessage]:
+        return await self._outbox.claim(
+            self._peer.destination,
+            count_max=count_max,
+            lease_seconds=self._lease_seconds,
+            # What fails while a lane drains may be due again before that has ended: once is enough.
+            due_for_seconds=time.monotonic() - self._started if self._drains else 0.0,
+            newest=newest,
+        )
 
     async def _deliver(self, message: LeasedMessage, lease_ends: float, *, probe: bool) -> None:
         """Tries until it is delivered or refused, or not worth trying before its next delivery."""
@@ -166,23 +198,23 @@ class Lane:
             sleep=self._sleep,
             retry_error_callback=lambda _: True,
         )
-        try:
-            await retrying(has_ended)
-        except Exception:  # a defect of ours: the message must not keep its line waiting without a trace
-            _log.exception("message %d could not be sent", message.message_id)
-            tried = Try(outcome=Outcome.FAILED, error="it could not be sent: see the log")
+        await retrying(has_ended)
         self._ended.put_nowait(self._delivery(message, tried))
 
     def _may_try(self, lease_ends: float, *, first: bool, probe: bool) -> bool:
         """Whether a try may begin: the lease outlasts it, and the peer is not known to be down."""
         needed_seconds = self._delivery_max_seconds if first else self._try_seconds
-        if self._stopped.is_set() or time.monotonic() + needed_seconds > lease_ends:
+        if self._stopped.is_set() or time.monotonic() + needed_seconds + LEASE_MARGIN_SECONDS > lease_ends:
             return False
         return self._breaker.is_closed or (probe and first)
 
     async def _try(self, message: LeasedMessage) -> Try:
         """Sends a message, and learns from the answer whether the peer is up."""
-        tried = await self._peer.send(message)
+        try:
+            tried = await self._peer.send(message)
+        except Exception:  # a defect of ours: the message must not keep its line waiting without a trace
+            _log.exception("message %d could not be sent", message.message_id)
+            tried = Try(outcome=Outcome.FAILED, error="it could not be sent: see the log")
         if tried.outcome is not Outcome.FAILED:
             open_seconds = self._breaker.succeed()
             if open_seconds is not None:
@@ -225,7 +257,8 @@ class Lane:
 
     async def _book(self, deliveries: Sequence[Delivery]) -> None:
         def gives_up(state: RetryCallState) -> bool:
-            return (self._stopped.is_set() or self._drains) and state.attempt_number >= BOOK_TRIES_AT_END_MAX
+            ends = self._stopped.is_set() or self._drains
+            return ends and (state.seconds_since_start or 0.0) >= BOOK_SECONDS_AT_END_MAX
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable),

@@ -32,8 +32,10 @@ def configure_logs(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    for noisy in ("psycopg.pool", "asyncio", "httpx"):
+    for noisy in ("asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
+    # While the database is away the pool tells so every second; whoever needs it tells it better.
+    logging.getLogger("psycopg.pool").setLevel(max(root.level, logging.ERROR))
 
 
 def _drop_colours(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -59,12 +59,12 @@ class _Told:
 WHO_HEARS_OF_WHAT = {
     Event.PAYMENT_COMPLETED: _Told(
         order="COMPLETED",
-        notification=("PAYMENT_SUCCESS", "Your payment of {amount} {currency} was received. Reference: {reference}."),
+        notification=("PAYMENT_SUCCESS", "Your payment of {amount} {currency} was received.{reference}"),
     ),
     Event.PAYMENT_FAILED: _Told(
         order="FAILED",
         inventory="Payment failed",
-        notification=("PAYMENT_FAILED", "Your payment of {amount} {currency} failed. Reference: {reference}."),
+        notification=("PAYMENT_FAILED", "Your payment of {amount} {currency} failed.{reference}"),
     ),
     Event.PAYMENT_CANCELLED: _Told(
         order="CANCELLED",
@@ -73,7 +73,7 @@ WHO_HEARS_OF_WHAT = {
     Event.REFUND_COMPLETED: _Told(
         notification=(
             "PAYMENT_REFUNDED",
-            "{amount} {currency} of your payment were refunded. Reference: {reference}. Reason: {reason}",
+            "{amount} {currency} of your payment were refunded.{reference} Reason: {reason}",
         ),
     ),
     Event.PAYMENT_REFUNDED: _Told(
@@ -150,7 +150,7 @@ class Messages:
                 "message": text.format(
                     amount=plain(amount, payment.currency),
                     currency=payment.currency,
-                    reference=payment.reference,
+                    reference=f" Reference: {payment.reference}." if payment.reference else "",
                     reason=reason,
                 ),
                 "channel": "EMAIL",

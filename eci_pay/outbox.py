@@ -4,21 +4,25 @@ The messages of one payment to one destination are a line. Only the first open m
 and only to one relay at a time: it holds the message by a lease. All times are those of the database's clock.
 """
 
+import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from psycopg.types.numeric import Int8
 
+from eci_pay.batches import settle
 from eci_pay.database import Connection, Database, Row, fetch
-from eci_pay.errors import MessageNotFound
+from eci_pay.errors import MessageNotFound, Unavailable
 from eci_pay.messages import Destination
 from eci_pay.views import MessagePage, MessageView, OutboxStats
 
 PURGE_BATCH_SIZE_MAX = 1000
 RETRY_BATCH_SIZE_MAX = 1000
+
+_log = logging.getLogger(__name__)
 
 
 class Outcome(StrEnum):
@@ -46,6 +50,7 @@ class LeasedMessage:
     lease_id: uuid.UUID
     request_id: str | None
     traceparent: str | None
+    due_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,43 +93,70 @@ class Outbox:
         self._give_up_after = give_up_after
         self._retention = retention
 
-    async def claim(self, destination: Destination, *, count_max: int, lease_seconds: float) -> list[LeasedMessage]:
-        """Leases messages that are due, the longest waiting first."""
-        params = {
-            "destination": destination.value,
-            "count_max": count_max,
-            "lease_seconds": lease_seconds,
-            "lease_id": uuid.uuid4(),
-        }
-        rows = await self._database.fetch("outbox_claim", params)
+    async def claim(
+        self,
+        destination: Destination,
+        *,
+        count_max: int,
+        lease_seconds: float,
+        due_for_seconds: float = 0.0,
+        newest: bool = False,
+    ) -> list[LeasedMessage]:
+        """Leases messages that have been due for so long, the longest waiting first, or the newest."""
+        wanted = {"destination": destination.value, "count_max": count_max, "due_for_seconds": due_for_seconds}
+
+        async def work(connection: Connection) -> list[Row]:
+            found = await fetch(connection, "outbox_candidates_newest" if newest else "outbox_candidates", wanted)
+            if not found:
+                return []
+            lease = {
+                "message_ids": [Int8(row["message_id"]) for row in found],
+                "due_at": [row["due_at"] for row in found],
+                "lease_seconds": lease_seconds,
+                "lease_id": uuid.uuid4(),
+            }
+            return await fetch(connection, "outbox_lease", lease)
+
+        rows = await self._database.transaction(work)
         return [LeasedMessage(**{**row, "destination": Destination(row["destination"])}) for row in rows]
 
     async def mark(self, deliveries: Sequence[Delivery]) -> list[Marked]:
-        """Books deliveries and ends their leases. Running it again is safe."""
+        """Books deliveries and ends their leases. Running it again is safe.
+
+        One that the database rejects does not keep the others from being booked.
+        """
+        results = await settle(deliveries, self._mark)
+        for delivery, result in zip(deliveries, results, strict=True):
+            if isinstance(result, Unavailable):
+                raise result
+            if isinstance(result, Exception):
+                _log.error("message %d could not be booked", delivery.message.message_id, exc_info=result)
+        return [result for result in results if isinstance(result, Marked)]
+
+    async def _mark(self, deliveries: Sequence[Delivery]) -> list[Marked | None]:
         params = {
             "message_id": [Int8(delivery.message.message_id) for delivery in deliveries],
             "lease_id": [delivery.message.lease_id for delivery in deliveries],
             "outcome": [delivery.outcome.value for delivery in deliveries],
             "error": [delivery.error for delivery in deliveries],
             "delay_seconds": [float(delivery.delay_seconds) for delivery in deliveries],
+            "due_at": [delivery.message.due_at for delivery in deliveries],
             "give_up_seconds": self._give_up_after.total_seconds(),
         }
         rows = await self._database.fetch("outbox_mark", params)
-        return [Marked(**row) for row in rows]
+        marked = {row["message_id"]: Marked(**row) for row in rows}
+        return [marked.get(delivery.message.message_id) for delivery in deliveries]
 
     async def purge_batch(self) -> int:
         """Deletes up to `PURGE_BATCH_SIZE_MAX` messages that were delivered before the retention; returns how many."""
         return await self._purge(self._retention, dead=False)
 
-    async def purge(
-        self, older_than: timedelta, *, dead: bool = False, on_progress: Callable[[int], None] = lambda _: None
-    ) -> int:
-        """Deletes all messages delivered, or instead dead, for longer than that; tells the running total."""
+    async def purge(self, older_than: timedelta, *, dead: bool = False) -> int:
+        """Deletes all messages delivered, or instead dead, for longer than that, in batches; returns how many."""
         total = 0
         while True:
             deleted = await self._purge(older_than, dead=dead)
             total += deleted
-            on_progress(total)
             if deleted < PURGE_BATCH_SIZE_MAX:
                 return total
 
@@ -172,7 +204,8 @@ class Outbox:
     async def lately_told(self) -> frozenset[Destination]:
         """Who was told of payments lately, by any process."""
         rows = await self._database.read("outbox_destinations")
-        return frozenset(Destination(row["destination"]) for row in rows)
+        known = {destination.value for destination in Destination}  # a newer release may have more
+        return frozenset(Destination(row["destination"]) for row in rows if row["destination"] in known)
 
     async def retry(self, message_ids: Sequence[int], *, overtaken: bool = False) -> list[Retried]:
         """Makes undelivered messages due at once, as if they were new; those that do not exist are missing.
@@ -183,13 +216,14 @@ class Outbox:
         ids = [Int8(message_id) for message_id in message_ids]
 
         async def work(connection: Connection) -> list[Row]:
+            await fetch(connection, "outbox_lock_payments", {"message_ids": ids})
             await fetch(connection, "outbox_lock_lines", {"message_ids": ids})
             return await fetch(connection, "outbox_retry", {"message_ids": ids, "overtaken": overtaken})
 
         return [Retried(**row) for row in await self._database.transaction(work)]
 
     async def retry_dead(self, destination: Destination, *, overtaken: bool = False) -> list[Retried]:
-        """As `retry`, for all dead messages of a destination, in batches; returns those of the last batch too."""
+        """As `retry`, for all dead messages of a destination, in batches."""
         results: list[Retried] = []
         after = 0
         while True:

@@ -80,7 +80,8 @@ class Peer:
 @asynccontextmanager
 async def connected_peers(settings: Settings) -> AsyncIterator[Mapping[Destination, Peer]]:
     """The configured services, over connections that are kept alive. No proxy is used."""
-    connector = aiohttp.TCPConnector(limit=0, limit_per_host=settings.eci_pay_relay_concurrency)
+    # Its own limits are off: each lane has one, and services behind one host must not take each other's share.
+    connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=settings.eci_pay_relay_timeout_seconds)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False
@@ -138,12 +139,13 @@ def retry_after_seconds(value: str | None) -> float:
     else:
         try:
             at = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
         seconds = ((at if at.tzinfo else at.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
     return min(max(seconds, 0.0), RETRY_AFTER_SECONDS_MAX)
 
 
 def _text(text: str) -> str:
-    """As it is kept: one line of printable characters."""
-    return "".join(c if c.isprintable() else " " for c in text)[:ERROR_LENGTH_MAX]
+    """As it is kept: one line of ASCII, which every database can hold."""
+    line = "".join(c if c.isprintable() else " " for c in text[:ERROR_LENGTH_MAX])
+    return line.encode("ascii", "backslashreplace").decode()[:ERROR_LENGTH_MAX]

@@ -233,9 +233,9 @@ def parse_order_id(text: str) -> int | None:
     return _parse_id(text, "order_id")
 
 
-def parse_message_id(text: str) -> int | None:
+def parse_message_id(text: str, field: str = "message_id") -> int | None:
     """A message's id, as `parse_payment_id`."""
-    return _parse_id(text, "message_id")
+    return _parse_id(text, field)
 
 
 def _parse_id(text: str, field: str) -> int | None:

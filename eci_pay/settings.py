@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     """Whether `serve` delivers messages itself; else `eci-pay relay` must run."""
     eci_pay_relay_concurrency: int = Field(default=16, ge=1, le=256)
     """Requests of one process that are under way to one service."""
+    eci_pay_relay_messages_per_second_max: int = Field(default=1000, ge=1, le=1_000_000)
+    """How fast one process drains a backlog to one service: neither that service nor our charges should suffer."""
     eci_pay_relay_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
     """How often an idle relay looks for new messages."""
     eci_pay_relay_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0

@@ -145,7 +145,7 @@ class MessagePage(View):
 
 
 class OutboxStats(View):
-    """The messages of one destination, by state. Ages count from the change that a message tells of."""
+    """The undelivered messages of one destination. Ages count from the change that a message tells of."""
 
     destination: str
     pending: int
@@ -153,4 +153,3 @@ class OutboxStats(View):
     oldest_pending_seconds: float | None
     dead: int
     oldest_dead_seconds: float | None
-    delivered: int

@@ -28,7 +28,9 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = bind_origin(headers.get("x-request-id"), headers.get("traceparent"))
+        traces = headers.getlist("traceparent")
+        # Two are none: which of them is meant, W3C Trace Context leaves open.
+        request_id = bind_origin(headers.get("x-request-id"), traces[0] if len(traces) == 1 else None)
         started = time.perf_counter()
         status = 0  # no response has started
 

@@ -1,4 +1,4 @@
--- Locks every undelivered message of the lines to which some messages belong, so that no relay takes one meanwhile.
+-- Locks every undelivered message of the lines to which some messages belong, so that no relay leases one meanwhile.
 SELECT line.message_id
 FROM outbox chosen
 JOIN outbox line USING (payment_id, destination)

@@ -1,16 +1,16 @@
 -- Books what came of deliveries, for messages whose lease is still held; the others belong to somebody else.
 --
 -- A message that was not delivered is due again after a delay, but not beyond give_up_seconds after its first
--- delivery: at that moment it is tried a last time. One that was released was not tried at all.
+-- delivery: at that moment it is tried a last time. One that was released was not tried at all, and is due as before.
 WITH outcome AS (
     SELECT *
     FROM unnest(
         %(message_id)s::bigint[], %(lease_id)s::uuid[], %(outcome)s::text[], %(error)s::text[],
-        %(delay_seconds)s::double precision[]
-    ) AS o (message_id, lease_id, outcome, error, delay_seconds)
+        %(delay_seconds)s::double precision[], %(due_at)s::timestamptz[]
+    ) AS o (message_id, lease_id, outcome, error, delay_seconds, due_at)
 ),
 held AS MATERIALIZED (
-    SELECT o.outcome, o.error, o.delay_seconds, m.message_id,
+    SELECT o.outcome, o.error, o.delay_seconds, o.due_at, m.message_id,
            coalesce(m.first_attempt_at, now()) + make_interval(secs => %(give_up_seconds)s::double precision)
                AS give_up_at
     FROM (SELECT * FROM outcome ORDER BY message_id) o
@@ -32,6 +32,7 @@ UPDATE outbox m SET
     next_attempt_at = CASE
         WHEN h.outcome = 'failed'
         THEN least(now() + make_interval(secs => h.delay_seconds), greatest(h.give_up_at, now()))
+        WHEN h.outcome = 'released' THEN h.due_at
         ELSE now()
     END
 FROM held h

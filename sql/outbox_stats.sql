@@ -1,5 +1,6 @@
--- How many messages there are of each destination and state, and how old the oldest undelivered ones are.
-SELECT d.destination, pending.*, dead.*, delivered.*
+-- How many messages there are of each destination and state, and how old the oldest ones are. Delivered
+-- ones are not counted: there may be a great many.
+SELECT d.destination, pending.*, dead.*
 FROM unnest(%(destinations)s::text[]) WITH ORDINALITY AS d (destination, n)
 CROSS JOIN LATERAL (
     SELECT count(*) AS pending,
@@ -13,9 +14,4 @@ CROSS JOIN LATERAL (
     FROM outbox
     WHERE outbox.destination = d.destination AND dead_at IS NOT NULL
 ) dead
-CROSS JOIN LATERAL (
-    SELECT count(*) AS delivered
-    FROM outbox
-    WHERE outbox.destination = d.destination AND delivered_at IS NOT NULL
-) delivered
 ORDER BY d.n
