@@ -33,7 +33,11 @@ OvertakenOption = Annotated[
 ]
 
 outbox = typer.Typer(
-    name="outbox", no_args_is_help=True, rich_markup_mode=None, help="Messages to other services, and their delivery."
+    name="outbox",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Messages to other services, and their delivery.",
+    epilog="Example: eci-pay outbox list --dead",
 )
 
 

@@ -435,9 +435,14 @@ async def test_wrong_settings_exit_2_with_a_line_per_fault_and_no_secret(command
 async def test_every_command_has_help_with_an_example(command_line: CommandLine) -> None:
     overview = await command_line.run("--help")
     commands = re.findall(r"^  ([a-z][a-z-]*)  ", overview.stdout, re.MULTILINE)
-    assert {"serve", "migrate", "charge", "refund", "show", "list", "cancel", "expire-keys", "demo"} <= set(commands)
-    for command in commands:
-        result = await command_line.run(command, "--help")
+    assert {"serve", "relay", "outbox", "peers", "migrate", "charge", "refund", "show", "list"} <= set(commands)
+    assert {"cancel", "expire-keys", "demo"} <= set(commands)
+    group = await command_line.run("outbox", "--help")
+    for command in [
+        *commands,
+        *(f"outbox {name}" for name in re.findall(r"^  ([a-z]+)  ", group.stdout, re.MULTILINE)),
+    ]:
+        result = await command_line.run(*command.split(), "--help")
         assert (result.exit_code, result.stderr) == (0, "")
         example = re.search(rf"Example: eci-pay {command}\b", re.sub(r"\s+", " ", result.stdout))
         assert example, command
