@@ -29,6 +29,8 @@ from tests.rows import paid
 from tests.support import Books, ManualClock, Opener, Relays, charge_request, refund_request, until
 
 ORDER, INVENTORY, NOTIFICATION = Destination
+PATIENT = {"eci_pay_relay_timeout_seconds": 5.0}
+"""Where nothing may be sent twice: a machine that is busy may take long to answer."""
 TRIES = {ORDER: 3, INVENTORY: 2, NOTIFICATION: 2}
 """How often one delivery tries."""
 LATER_SECONDS = 60.0
@@ -718,7 +720,7 @@ async def test_a_stuck_message_holds_back_only_its_own_line(
     replies = {"stuck": Reply(503), "delivered": Reply(), "dead": Reply(422)}
     current = "stuck"
     peers.behaviour[ORDER] = lambda one: replies[current] if telling_of(one) == (1, "COMPLETED") else Reply()
-    async with relays() as relay, delivering(relay):
+    async with relays(**PATIENT) as relay, delivering(relay):
         await lived(telling, *range(1, 11))
         await until_all(books, "delivered", INVENTORY, NOTIFICATION)
 
@@ -750,7 +752,7 @@ async def test_a_peer_that_is_down_is_left_in_peace_until_it_is_back(
     peers.behaviour[ORDER] = always(Reply(503))
     await paid(telling, *range(1, 101))
     await lived(telling, *range(101, 161))
-    async with relays() as relay, delivering(relay):
+    async with relays(**PATIENT) as relay, delivering(relay):
         await until_told(caplog, TAKEN_FOR_DOWN)
         await until_all(books, "delivered", INVENTORY, NOTIFICATION)
         before_probe = len(requests(peers, ORDER))
@@ -775,7 +777,7 @@ async def test_a_peer_that_refuses_connections_gets_everything_in_order_when_it_
     await peers.shut(ORDER)
     await peers.shut(NOTIFICATION)
     await lived(telling, *range(1, 61))
-    async with relays() as relay, delivering(relay):
+    async with relays(**PATIENT) as relay, delivering(relay):
         await until_told(caplog, TAKEN_FOR_DOWN, times=2)
         await until_all(books, "delivered", INVENTORY)
         assert {*await states(books, ORDER), *await states(books, NOTIFICATION)} <= {"pending", "leased"}
@@ -845,7 +847,7 @@ async def test_lines_arrive_in_order_through_random_failures(
         return chance.choice(faults) if chance.random() < 0.3 else Reply(after_seconds=chance.random() * 0.02)
 
     peers.behaviour = dict.fromkeys(Destination, moody)
-    often = {"eci_pay_relay_retry_seconds": 0.05, "eci_pay_relay_retry_max_seconds": 0.2}
+    often = {**PATIENT, "eci_pay_relay_retry_seconds": 0.05, "eci_pay_relay_retry_max_seconds": 0.2}
     async with relays(**often) as relay, delivering(relay):
         await lived(telling, *range(1, 61))
         await until_all(books, "delivered")
@@ -914,7 +916,7 @@ async def test_a_stopped_relay_books_what_is_taken_while_it_stops(
     assert {row["message_id"] for row in rows if row["state"] == "delivered"} == accepted
     assert {(row["lease_id"], row["attempts"]) for row in rows if row["state"] != "delivered"} == {(None, 0)}
     peers.behaviour = dict.fromkeys(Destination, well)
-    tallies = await drain(relays)
+    tallies = await drain(relays, **PATIENT)
     assert sum(tally.delivered for tally in tallies.values()) == 90 - len(accepted)
     assert peers.repeated() == {}
 
@@ -946,12 +948,12 @@ async def test_a_leased_message_and_its_line_are_left_alone_until_the_lease_ends
     await refunded(telling, *payment_ids)
     lease = "lease_id = gen_random_uuid(), next_attempt_at = now() + interval '1 hour'"
     await books.rows(f"UPDATE outbox SET {lease} WHERE payment_id = %s AND sequence = 1", payment_ids[0])
-    await drain(relays)
+    await drain(relays, **PATIENT)
     assert await states(books, ORDER, order_id=1) == ["leased", "pending"]
     assert {order_of(one) for one in requests(peers, ORDER)} == {2}
     assert (await states(books)).count("delivered") == 8
     await books.rows("UPDATE outbox SET next_attempt_at = now() WHERE lease_id IS NOT NULL")
-    await drain(relays)
+    await drain(relays, **PATIENT)
     await assert_all_arrived_in_order(books, peers)
     assert peers.repeated() == {}
 
@@ -1084,7 +1086,7 @@ async def test_messages_of_a_lease_that_was_not_heard_of_are_delivered_when_it_e
 ) -> None:
     await failed(telling, 1, 2, 3)
     door.lose_answer_to("COMMIT")
-    async with far_relay(door, opened, settings, peers, try_seconds=0.2) as relay, delivering(relay):
+    async with far_relay(door, opened, settings, peers, try_seconds=0.6) as relay, delivering(relay):
         await until_all(books, "delivered")
     assert door.has_lost
     assert {row["attempts"] for row in await messages(books)} == {1}

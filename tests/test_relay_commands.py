@@ -53,7 +53,7 @@ def relaying(command_line: CommandLine, peers: Peers) -> CommandLine:
     """The installed command, which knows the peers and does not wait long for anything."""
     return elsewhere(
         command_line,
-        ECI_PAY_RELAY_TIMEOUT_SECONDS="1",
+        ECI_PAY_RELAY_TIMEOUT_SECONDS="3",
         ECI_PAY_RELAY_POLL_SECONDS="0.05",
         ECI_PAY_RELAY_RETRY_SECONDS="60",
         **peers.environment(),

@@ -132,7 +132,7 @@ async def test_many_messages_that_a_peer_cannot_take_do_not_keep_it_closed_for_t
     async def all_arrived() -> bool:
         return len(peers.accepted(ORDER)) == HEALTHY
 
-    async with relays(eci_pay_relay_retry_seconds=60.0) as relay:
+    async with relays(eci_pay_relay_retry_seconds=60.0, eci_pay_relay_timeout_seconds=5.0) as relay:
         running = asyncio.create_task(relay.run_until(stopped))
         await until(all_arrived)
         stopped.set()
