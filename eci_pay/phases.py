@@ -80,6 +80,10 @@ class Phases:
                 outcome = await ask()
         except TimeoutError:
             return Unknown(message="The gateway did not answer in time.")
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            return Unknown(message="The gateway's answer was not waited for.")
         except GatewayUnavailable as error:
             return Unknown(message=f"The gateway cannot be reached: {error}")
         except Exception:  # whatever broke in the adapter, another look may work

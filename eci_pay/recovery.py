@@ -38,6 +38,7 @@ from eci_pay.gateways import (
     Outcome,
     Unknown,
 )
+from eci_pay.lifecycle import PaymentStatus, RefundStatus
 from eci_pay.phases import Phases
 from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, refund_key
 from eci_pay.settings import Settings
@@ -302,7 +303,7 @@ class Recovery:
         """Asks what became of the operation, and books it."""
         outcome = await self._outcome(leased)
         if outcome is None:
-            return _Next(State.DONE, "settled by its own request")
+            return await self._settled_otherwise(leased)
         if isinstance(outcome, NotFound):
             return await self._not_found(leased)
         if isinstance(outcome, Unknown):
@@ -319,8 +320,26 @@ class Recovery:
             return _Next(State.OPEN, "the gateway has not heard of it yet", delay_seconds=wait)
         if not await self._book(leased, NEVER_HAPPENED):
             return _Next(State.OPEN, "could not be booked")
+        if await self._is_booked(leased) is not False:
+            return _Next(State.DONE, "settled by its own request")
         # A request that was held up for longer than anything should be would arrive after this.
         return _Next(State.CHECKING, "never happened", delay_seconds=self.schedule.grace)
+
+    async def _settled_otherwise(self, leased: Leased) -> _Next:
+        """What is no longer PROCESSING: settled by its own request, or by a look that was cut off before its note."""
+        if await self._is_booked(leased):
+            return _Next(State.DONE, "settled by its own request")
+        return _Next(State.CHECKING, "booked as failed", delay_seconds=self.schedule.grace)
+
+    async def _is_booked(self, leased: Leased) -> bool | None:
+        """Whether the books say that the gateway acted; None while they leave it open."""
+        view = await self.charges.payments.by_id(leased.payment_id)
+        if leased.refund_id is not None:
+            refund = next(refund for refund in view.refunds if refund.refund_id == leased.refund_id)
+            return None if refund.status is RefundStatus.PROCESSING else refund.status is RefundStatus.COMPLETED
+        if view.attempt != leased.attempt:
+            return False
+        return None if view.status is PaymentStatus.PROCESSING else view.captured_at is not None
 
     async def _outcome(self, leased: Leased) -> Outcome | NotFound | None:
         """What the gateway says; None where the operation was settled meanwhile."""
@@ -356,10 +375,18 @@ class Recovery:
 
     async def _put_right(self, leased: Leased) -> _Next:
         """Gives back money that was taken for an attempt that had failed; books a refund that had."""
+        booked = await self._is_booked(leased)
+        if booked is None:
+            return _Next(State.OPEN, "approved after all, booked again", delay_seconds=0.0)
+        if booked:
+            return _Next(State.DONE, "settled by its own request")
         if leased.refund_id is not None:
             if await self.refunds.reopen(leased.refund_id):
                 return _Next(State.OPEN, "approved after all, booked again", delay_seconds=0.0)
             return _Next(State.LATE, "approved after all, but that much of the payment is not left: by hand")
+        return await self._give_back(leased)
+
+    async def _give_back(self, leased: Leased) -> _Next:
         charge = leased.operation
         refund = GatewayRefund(
             key=f"{charge.key}-LATE",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
@@ -14,7 +15,7 @@ from eci_pay.messages import Message, Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.refund_records import RefundSettlement, settle_refunds
-from eci_pay.views import PaymentView
+from eci_pay.views import PaymentView, RefundView
 
 NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
 """What comes of a refund of which no gateway need be asked."""
@@ -76,7 +77,10 @@ class RefundSettling:
     async def _settled_by_another(self, settlement: RefundSettlement) -> Answer:
         """What was recorded for this refund, by an earlier try of ours or by somebody else."""
         stored = settlement.key_id and await idempotency.read_answer(self.database, settlement.key_id)
-        return stored or settlement.answer(await self.payments.by_id(settlement.payment_id))
+        if stored:
+            return stored
+        view = await self.payments.by_id(settlement.payment_id)
+        return answer_of(view, next(refund for refund in view.refunds if refund.refund_id == settlement.refund_id))
 
     async def give_up(self, refund: Row, error: Exception) -> None:
         """Releases a refund that was never sent, and frees its key for the caller's next try."""
@@ -125,6 +129,19 @@ def _settlement(
         messages=messages,
         releases_key=releases_key,
     )
+
+
+def answer_of(view: PaymentView, refund: RefundView) -> Answer:
+    """What a caller is told by what has become of a refund, where no answer is stored."""
+    match refund.status:
+        case RefundStatus.COMPLETED:
+            return answers.ok(view)
+        case RefundStatus.PROCESSING:
+            return answers.unknown(view)
+        case RefundStatus.FAILED:
+            return declined(view.payment_id, "declined", refund.gateway_response or "The refund failed.")
+        case _:
+            assert_never(refund.status)
 
 
 def declined(payment_id: int, code: str, message: str) -> Answer:

@@ -23,9 +23,8 @@ from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
 from eci_pay.refund_records import RefundBegin, begin_refunds
-from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, declined, refund_key
+from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, answer_of, refund_key
 from eci_pay.requests import RefundRequest
-from eci_pay.views import PaymentView, RefundView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +96,7 @@ class Refunds:
             return answers.unknown(view)
         answer = None
         if refund.status is not RefundStatus.PROCESSING:
-            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=_answer_of(view, refund))
+            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=answer_of(view, refund))
             answer = await self.phases.finish_for_another(finish)
         if answer is None:
             raise idempotency.refuse_in_flight(view.payment_id)
@@ -123,10 +122,3 @@ def _unsettled(begin: RefundBegin, found: Row) -> set[int]:
     of_key = {found["key_payment_id"]} if is_unanswered else set()
     is_in_the_way = found["status"] == PaymentStatus.PROCESSING or isinstance(begin.fault(found), RefundExceedsBalance)
     return of_key | ({found["payment_id"]} if is_in_the_way else set())
-
-
-def _answer_of(view: PaymentView, refund: RefundView) -> Answer:
-    """The answer to a request whose key was left unfinished, by what has become of its refund."""
-    if refund.status is RefundStatus.COMPLETED:
-        return answers.ok(view)
-    return declined(view.payment_id, "declined", refund.gateway_response or "The refund failed.")
