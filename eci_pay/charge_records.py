@@ -137,6 +137,7 @@ class ChargeSettlement:
             "key_id": self.key_id,
             "response_body": self.answer.body,
             "status_code": self.answer.status_code,
+            "expires_at": self.at + KEY_LIFETIME,
             "releases_key": self.releases_key,
             "message_count": len(self.messages),
             "request_id": self.origin.request_id or None,
@@ -155,12 +156,14 @@ async def record_pending(database: Database, rows: Sequence[ChargeBegin]) -> lis
     What has begun has its `answer` beside its columns, unless that was lost with a connection.
     """
 
+    at_of = {row.begin_id: row.at for row in rows}
+
     async def answer(connection: Connection, begun: list[Row]) -> None:
         views = await views_of(connection, [row["payment_id"] for row in begun])
         for row in begun:
             row["answer"] = created(views[row["payment_id"]])
         finishes = [
-            Finish(key_id=row["key_id"], begin_id=row["begin_id"], answer=row["answer"])
+            Finish(key_id=row["key_id"], begin_id=row["begin_id"], answer=row["answer"], at=at_of[row["begin_id"]])
             for row in begun
             if row["key_id"] is not None
         ]

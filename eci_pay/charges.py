@@ -144,7 +144,12 @@ class Charges:
             return answers.unknown(view)
         answer = None
         if view.status is not PaymentStatus.PROCESSING:
-            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=_answer_of(view, begin))
+            finish = Finish(
+                key_id=found["key_id"],
+                begin_id=found["key_begin_id"],
+                answer=_answer_of(view, begin),
+                at=begin.at,
+            )
             answer = await self.phases.finish_for_another(finish)
         if answer is None:
             raise idempotency.refuse_in_flight(view.payment_id)

@@ -107,11 +107,13 @@ def refuse_in_flight(payment_id: int) -> IdempotencyKeyInFlight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
-    """An answer to store under a key. A released key is finished and expired at once: used anew, not replayed."""
+    """An answer to store under a key, given `at` that instant. A released key is finished and expired at once: used anew,
+    not replayed."""
 
     key_id: int
     begin_id: str
     answer: Answer
+    at: datetime
     releases: bool = False
 
 
@@ -130,6 +132,8 @@ async def finish(connection: Connection, finishes: Sequence[Finish]) -> dict[int
             "begin_id": [finish.begin_id for finish in finishes],
             "response_body": [finish.answer.body for finish in finishes],
             "status_code": [Int8(finish.answer.status_code) for finish in finishes],
+            "at": [finish.at for finish in finishes],
+            "expires_at": [finish.at + KEY_LIFETIME for finish in finishes],
             "releases_key": [finish.releases for finish in finishes],
         },
     )

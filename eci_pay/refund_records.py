@@ -165,7 +165,13 @@ async def _settle(connection: Connection, rows: Sequence[RefundSettlement]) -> l
     views = await views_of(connection, [row.payment_id for row in applied.values()])
     answers = {refund_id: row.answer(views[row.payment_id]) for refund_id, row in applied.items()}
     finishes = [
-        Finish(key_id=row.key_id, begin_id=row.begin_id, answer=answers[refund_id], releases=row.releases_key)
+        Finish(
+            key_id=row.key_id,
+            begin_id=row.begin_id,
+            answer=answers[refund_id],
+            at=row.at,
+            releases=row.releases_key,
+        )
         for refund_id, row in applied.items()
         if row.key_id is not None
     ]

@@ -96,7 +96,12 @@ class Refunds:
             return answers.unknown(view)
         answer = None
         if refund.status is not RefundStatus.PROCESSING:
-            finish = Finish(key_id=found["key_id"], begin_id=found["key_begin_id"], answer=answer_of(view, refund))
+            finish = Finish(
+                key_id=found["key_id"],
+                begin_id=found["key_begin_id"],
+                answer=answer_of(view, refund),
+                at=begin.at,
+            )
             answer = await self.phases.finish_for_another(finish)
         if answer is None:
             raise idempotency.refuse_in_flight(view.payment_id)

@@ -12,11 +12,11 @@ WITH settlement AS (
         %(completed_at)s::timestamptz[], %(captured_at)s::timestamptz[], %(at)s::timestamptz[],
         %(transaction_log_id)s::bigint[], %(description)s::text[],
         %(key_id)s::bigint[], %(response_body)s::text[], %(status_code)s::bigint[],
-        %(releases_key)s::boolean[], %(message_count)s::bigint[], %(request_id)s::text[], %(traceparent)s::text[]
+        %(expires_at)s::timestamptz[], %(releases_key)s::boolean[], %(message_count)s::bigint[], %(request_id)s::text[], %(traceparent)s::text[]
     ) AS s (
         n, order_id, payment_id, attempt, status, authorization_code, gateway_response,
         completed_at, captured_at, at, transaction_log_id, description,
-        key_id, response_body, status_code, releases_key, message_count, request_id, traceparent
+        key_id, response_body, status_code, expires_at, releases_key, message_count, request_id, traceparent
     )
 ),
 message AS (
@@ -68,11 +68,17 @@ told AS (
     JOIN message m USING (n)
 ),
 -- A released key is kept as finished and long expired: the next request with it starts anew.
+-- An answer that comes late, by way of recovery, can be replayed for a whole lifetime all the same; to move every
+-- key's would cost every charge its HOT update.
 finished AS (
     UPDATE idempotency_keys k SET
         response_body = l.response_body,
         status_code = l.status_code,
-        expires_at = CASE WHEN l.releases_key THEN to_timestamp(0) ELSE k.expires_at END
+        expires_at = CASE
+            WHEN l.releases_key THEN to_timestamp(0)
+            WHEN k.expires_at < l.at + interval '1 hour' THEN l.expires_at
+            ELSE k.expires_at
+        END
     FROM applied
     JOIN locked l USING (n)
     WHERE k.id = l.key_id AND k.response_body IS NULL

@@ -4,12 +4,21 @@ import asyncio
 
 import pytest
 
-from eci_pay.errors import IdempotencyKeyInFlight, IdempotencyKeyReused, OrderAlreadyPaid, OrderInProgress
-from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX
+from eci_pay.answers import Answer
+from eci_pay.errors import IdempotencyKeyReused, OrderAlreadyPaid, OrderInProgress
+from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX, KEY_LIFETIME
 from eci_pay.requests import ChargeRequest
 from eci_pay.service import PaymentService
 from eci_pay.views import PaymentView
-from tests.support import Books, CommandLine, ManualClock, RecordingGateway, charge_request, create_request
+from tests.support import (
+    Books,
+    CommandLine,
+    ManualClock,
+    RecordingGateway,
+    charge_request,
+    create_request,
+    refund_request,
+)
 
 UNKNOWN_AMOUNT = "4000.08"
 DECLINED_AMOUNT = "4000.02"
@@ -68,10 +77,10 @@ async def test_an_unfinished_key_never_expires_and_is_never_deleted(
     await crash_while_charging(service, books, request, "k")
     clock.advance(days=365)
     assert (await service.keys.count(), await service.keys.delete()) == (0, 0)
-    with pytest.raises(IdempotencyKeyInFlight):
-        await service.charges.charge(request=request, idempotency_key="k")
     with pytest.raises(IdempotencyKeyReused):
         await service.charges.charge(request=charge_request(2), idempotency_key="k")
+    found_out = await service.charges.charge(request=request, idempotency_key="k")
+    assert (found_out.status_code, found_out.replayed) == (201, True)
     assert len(gateway.charges) == 1
 
 
@@ -83,8 +92,38 @@ async def test_a_key_of_an_unknown_outcome_never_expires(
     clock.advance(days=365)
     assert (await service.keys.count(), await service.keys.delete()) == (0, 0)
     again = await service.charges.charge(request=request, idempotency_key="k")
-    assert (first.is_unknown, again.is_unknown, again.payment_id) == (True, True, first.payment_id)
+    assert (first.is_unknown, again.status_code, again.payment_id) == (True, 201, first.payment_id)
     assert len(gateway.charges) == 1
+
+
+@pytest.mark.parametrize("late_hours", [23.5, 24 * 365])
+async def test_an_outcome_that_is_found_out_late_is_replayed_for_24_hours(
+    service: PaymentService, clock: ManualClock, gateway: RecordingGateway, late_hours: float
+) -> None:
+    """A refund whose key expired with its answer would be made again by the next try."""
+    charged = await service.charges.charge(request=charge_request(amount="9000.00"), idempotency_key="c")
+
+    async def refund() -> Answer:
+        request = refund_request(UNKNOWN_AMOUNT)
+        return await service.refunds.refund(payment_id=charged.payment_id, request=request, idempotency_key="r")
+
+    unknown = await refund()
+    clock.advance(hours=late_hours)
+    found_out = await refund()
+    clock.advance(hours=24, microseconds=-1)
+    again = await refund()
+    assert (unknown.status_code, found_out.status_code) == (202, 200)
+    assert (again.body, again.replayed) == (found_out.body, True)
+    assert len(gateway.refunds) == 1
+    clock.advance(microseconds=1)
+    assert await service.keys.count() == 2
+
+
+async def test_an_answer_in_time_does_not_move_the_end_of_its_key(
+    service: PaymentService, books: Books, clock: ManualClock
+) -> None:
+    await service.charges.charge(request=charge_request(), idempotency_key="k")
+    assert await books.value("SELECT expires_at FROM idempotency_keys") == clock.now + KEY_LIFETIME
 
 
 async def test_expired_keys_are_deleted_in_batches_that_tell_their_progress(

@@ -19,6 +19,7 @@ from tests.support import (
     FAULTS_IN_BOOKS,
     UNTIL_TIMEOUT_SECONDS,
     Books,
+    ManualClock,
     Opener,
     RecordingGateway,
     Session,
@@ -167,7 +168,7 @@ async def test_a_replayer_of_a_released_claim_stores_nothing_into_the_claim_that
 
 @BOTH
 async def test_an_answer_with_the_begin_id_of_an_earlier_claim_is_not_stored(
-    opened: Opener, service: PaymentService, books: Books, kind: str
+    opened: Opener, service: PaymentService, books: Books, clock: ManualClock, kind: str
 ) -> None:
     await prepare(service, kind)
     gateway = FirstUnreachable()
@@ -178,7 +179,7 @@ async def test_an_answer_with_the_begin_id_of_an_earlier_claim_is_not_stored(
         with pytest.raises(Unavailable):
             await ask(busy, kind)
         [earlier] = await books.rows(row)
-        finish = Finish(key_id=earlier["id"], begin_id=earlier["begin_id"], answer=stale)
+        finish = Finish(key_id=earlier["id"], begin_id=earlier["begin_id"], answer=stale, at=clock.now)
         assert await busy.charges.phases.finish_for_another(finish) is None  # released
         assert await books.rows(row) == [earlier]
         anew = asyncio.create_task(ask(busy, kind))
