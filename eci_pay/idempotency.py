@@ -107,8 +107,8 @@ def refuse_in_flight(payment_id: int) -> IdempotencyKeyInFlight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finish:
-    """An answer to store under a key, given `at` that instant. A released key is finished and expired at once: used anew,
-    not replayed."""
+    """An answer to store under a key, given `at` that instant. A released key is finished and expired at once: it is
+    used anew, not replayed."""
 
     key_id: int
     begin_id: str
