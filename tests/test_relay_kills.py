@@ -150,7 +150,11 @@ async def test_whenever_replicas_are_killed_every_message_arrives_in_order_and_n
             group.create_task(shop.business())
         await asyncio.gather(kills.of_a_replica(), kills.of_a_replica())
         shop.closes = True
-    async with serving(relaying) as last:
+    recovers_soon = elsewhere(
+        relaying, ECI_PAY_RECOVERY_FIRST_LOOK_SECONDS="0.5", ECI_PAY_RECOVERY_INTERVAL_SECONDS="0.1"
+    )
+    async with serving(recovers_soon) as last:
+        await all_settled(books)
         await all_delivered(books)
         assert await last.end(signal.SIGTERM) == 0
 
@@ -297,6 +301,16 @@ def slow_down(peers: Peers, chance: random.Random) -> None:
 
     for destination in Destination:
         peers.behaviour[destination] = answer
+
+
+async def all_settled(books: Books) -> None:
+    """Waits until recovery has settled what the killed have left."""
+
+    async def reached() -> bool:
+        unknown = "SELECT FROM payments WHERE status = 'PROCESSING' OR refund_pending > 0"
+        return not await books.rows(unknown)
+
+    await until(reached)
 
 
 async def all_delivered(books: Books) -> None:
