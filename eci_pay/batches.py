@@ -112,6 +112,12 @@ async def begin(
     return [results[number] for number in range(len(rows))]
 
 
+async def standing(database: Database, statements: BeginStatements, row: BeginRow) -> Row:
+    """The state of a row's key and of its order or payment, for `is_free` to judge; nothing is begun."""
+    (found,) = await database.read(statements.refused, arrays([row.columns()]))
+    return found
+
+
 async def _begin_round(passes: "_Passes", rows: Sequence[BeginRow]) -> list[BeginResult]:
     """Runs the statement until each row has begun, was refused or has failed. What has begun is never run again."""
     results: dict[int, BeginResult] = {}

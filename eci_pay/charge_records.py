@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer, created
-from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
+from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle, standing
 from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
@@ -148,6 +148,11 @@ class ChargeSettlement:
 async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
     """Records every row or tells why not, in order. All rows must agree on `takes_over`."""
     return await begin(database, _STATEMENTS, rows, {"takes_over": _takes_over(rows)})
+
+
+async def standing_of_charge(database: Database, row: ChargeBegin) -> Row:
+    """The state of its key and its order, without beginning it."""
+    return await standing(database, _STATEMENTS, row)
 
 
 async def record_pending(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:

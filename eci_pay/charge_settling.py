@@ -31,7 +31,6 @@ class Attempt:
     view: PaymentView
     settle_log_id: int
     key_id: int | None
-    begun_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +79,6 @@ class ChargeSettling:
             view=await self.payments.by_id(payment_id),
             settle_log_id=rows[0]["settle_log_id"],
             key_id=rows[0]["key_id"],
-            begun_at=rows[0]["begun_at"],
         )
 
     async def _book(self, attempt: Attempt, settlement: ChargeSettlement) -> Answer:

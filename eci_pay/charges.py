@@ -15,11 +15,20 @@ from typing import assert_never
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun, Refused
-from eci_pay.charge_records import ChargeBegin, begin_charges, record_pending
+from eci_pay.charge_records import ChargeBegin, begin_charges, record_pending, standing_of_charge
 from eci_pay.charge_settling import Attempt, ChargeSettling, charge_key
 from eci_pay.database import Database, Row
-from eci_pay.errors import Conflict, InvalidState, OrderAlreadyPaid, OrderExists, OrderInProgress, Unavailable
-from eci_pay.gateways import Gateway, GatewayCharge, Outcome
+from eci_pay.errors import (
+    Conflict,
+    InvalidState,
+    OrderAlreadyPaid,
+    OrderExists,
+    OrderInProgress,
+    Unavailable,
+    ValidationFailed,
+)
+from eci_pay.gateway_calls import GatewayCalls
+from eci_pay.gateways import GatewayCharge
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 from eci_pay.payments import Payments
@@ -31,10 +40,11 @@ from eci_pay.views import PaymentView, TransactionView
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Charges:
-    """Both use cases raise Conflict and its kinds, IdempotencyKeyReused, and Unavailable where nothing was sent."""
+    """Both use cases raise Conflict and its kinds, IdempotencyKeyReused, and Unavailable where nothing was sent; a
+    charge also ValidationFailed for what the gateway does not take."""
 
     database: Database
-    gateway: Gateway
+    gateway: GatewayCalls
     payments: Payments
     phases: Phases
     settling: ChargeSettling
@@ -60,19 +70,37 @@ class Charges:
         return await self.phases.run_to_end(self._record_pending(begin))
 
     async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
-        begin = self._charge_begin(request, claim)
-        if begin.status is PaymentStatus.PENDING:
-            return await self._record_pending(begin)
-        row = await self._begun(begin, begin_charges)
-        if isinstance(row, Answer):
-            return row
-        attempt = await self._attempt(begin, row)
+        if request.payment_method is PaymentMethod.COD:
+            return await self._record_pending(self._charge_begin(request, claim))
+        self._check(request)
         try:
-            outcome = await self._ask_gateway(attempt, request)
-        except Unavailable as error:
-            await self.settling.give_up(attempt, error)
+            place = await self.gateway.place()
+        except Unavailable:
+            if answer := await self._answer_without_gateway(self._charge_begin(request, claim)):
+                return answer
             raise
+        with place:
+            begin = self._charge_begin(request, claim)
+            row = await self._begun(begin, begin_charges)
+            if isinstance(row, Answer):
+                return row
+            attempt = await self._attempt(begin, row)
+            try:
+                outcome = await self.gateway.charge(_gateway_charge(request, attempt.view), place)
+            except Unavailable as error:
+                await self.settling.give_up(attempt, error)
+                raise
         return await self.settling.settle(attempt, outcome)
+
+    def _check(self, request: ChargeRequest) -> None:
+        """Raises ValidationFailed for what the gateway can never charge."""
+        if fault := self.gateway.fault(_gateway_charge(request)):
+            raise ValidationFailed.of(*fault)
+
+    async def _answer_without_gateway(self, begin: ChargeBegin) -> Answer | None:
+        """The answer of a key that was used before; raises what stands in the way; None where the gateway is wanted."""
+        found = await standing_of_charge(self.database, begin)
+        return None if begin.is_free(found) else await self._refusal(begin, found)
 
     async def _record_pending(self, begin: ChargeBegin) -> Answer:
         """A payment that asks no gateway: recorded and answered in one commit."""
@@ -119,7 +147,6 @@ class Charges:
             view=_view_of_begin(begin, row),
             settle_log_id=row["settle_log_id"],
             key_id=row["key_id"],
-            begun_at=begin.at,
         )
         if attempt.view.attempt == 1:
             return attempt
@@ -155,16 +182,17 @@ class Charges:
             raise idempotency.refuse_in_flight(view.payment_id)
         return answer
 
-    async def _ask_gateway(self, attempt: Attempt, request: ChargeRequest) -> Outcome:
-        token = request.payment_token
-        charge = GatewayCharge(
-            key=charge_key(attempt.view.transaction_id, attempt.view.attempt),
-            amount=request.amount,
-            currency=request.currency,
-            payment_method=request.payment_method.value,
-            payment_token=token.get_secret_value() if token else None,
-        )
-        return await self.phases.ask(lambda: self.gateway.charge(charge), begun_at=attempt.begun_at)
+
+def _gateway_charge(request: ChargeRequest, view: PaymentView | None = None) -> GatewayCharge:
+    """What the gateway is asked for a payment that has begun; its key is empty where none has yet."""
+    token = request.payment_token
+    return GatewayCharge(
+        key=charge_key(view.transaction_id, view.attempt) if view else "",
+        amount=request.amount,
+        currency=request.currency,
+        payment_method=request.payment_method.value,
+        payment_token=token.get_secret_value() if token else None,
+    )
 
 
 def _unsettled(found: Row) -> set[int]:

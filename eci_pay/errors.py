@@ -6,7 +6,8 @@ PayError
 │   ├── ValidationFailed            carries one `FieldError` per field
 │   ├── IdempotencyKeyMissing
 │   ├── IdempotencyKeyInvalid
-│   └── IdempotencyKeyReused
+│   ├── IdempotencyKeyReused
+│   └── EventRefused
 ├── NotFound
 │   ├── PaymentNotFound
 │   └── MessageNotFound
@@ -104,6 +105,12 @@ class IdempotencyKeyReused(InvalidRequest):
     """The Idempotency-Key was used with a different request"""
 
     code = "idempotency-key-reused"
+
+
+class EventRefused(InvalidRequest):
+    """The event is not signed by the gateway, or was signed too long ago"""
+
+    code = "event-refused"
 
 
 class NotFound(PayError):

@@ -28,10 +28,10 @@ from eci_pay.charge_settling import ChargeSettling, charge_key
 from eci_pay.context import bind_origin
 from eci_pay.database import Database, Row
 from eci_pay.errors import Unavailable
+from eci_pay.gateway_calls import GatewayCalls
 from eci_pay.gateways import (
     Approved,
     Declined,
-    Gateway,
     GatewayCharge,
     GatewayRefund,
     NotFound,
@@ -39,7 +39,6 @@ from eci_pay.gateways import (
     Unknown,
 )
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
-from eci_pay.phases import Phases
 from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, refund_key
 from eci_pay.settings import Settings
 
@@ -80,7 +79,9 @@ class Leased:
     state: State
     looks: int
     lease_id: uuid.UUID
+    late_reference: str | None
     transaction_id: str
+    charge_reference: str
     age_seconds: float
 
     @property
@@ -94,6 +95,7 @@ class Leased:
         return GatewayRefund(
             key=refund_key(self.transaction_id, self.refund_id),
             charge_key=of_charge,
+            charge_reference=self.charge_reference,
             amount=self.amount,
             currency=self.currency,
             payment_method=self.payment_method,
@@ -108,9 +110,9 @@ class Leased:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
-    """What one look came to."""
+    """What one look came to. There is no `recovery_id` where none is scheduled yet."""
 
-    recovery_id: int
+    recovery_id: int | None
     payment_id: int
     refund_id: int | None
     state: State
@@ -161,10 +163,9 @@ class Recovery:
     """Every method raises Unavailable where the database cannot be reached."""
 
     database: Database
-    gateway: Gateway
+    gateway: GatewayCalls
     charges: ChargeSettling
     refunds: RefundSettling
-    phases: Phases
     clock: Callable[[], datetime]
     schedule: Schedule
 
@@ -235,7 +236,12 @@ class Recovery:
             )
 
     async def open(self) -> list[Look]:
-        """What is not settled, the oldest first; at most `OPEN_SHOWN_MAX`."""
+        """What is not settled: what is looked at, the oldest first, then what has no look scheduled yet; of each at
+        most `OPEN_SHOWN_MAX`."""
+        now = self.clock()
+        before = now - timedelta(seconds=self.schedule.first)
+        unfound = {"now": now, "before": before, "count_max": OPEN_SHOWN_MAX}
+        rows = await self._open(None) + await self.database.read("recovery_unfound", unfound)
         return [
             Look(
                 recovery_id=row["recovery_id"],
@@ -246,7 +252,7 @@ class Recovery:
                 looks=row["looks"],
                 age_seconds=row["age_seconds"],
             )
-            for row in await self._open(None)
+            for row in rows
         ]
 
     async def _open(self, payment_id: int | None) -> list[Row]:
@@ -304,20 +310,22 @@ class Recovery:
         outcome = await self._outcome(leased)
         if outcome is None:
             return await self._settled_otherwise(leased)
+        left_seconds = self.schedule.grace - leased.age_seconds
+        if isinstance(outcome, NotFound) and left_seconds > 0:
+            wait = min(self.schedule.distance(leased.looks), left_seconds)
+            return _Next(State.OPEN, "the gateway has not heard of it yet", delay_seconds=wait)
         if isinstance(outcome, NotFound):
-            return await self._not_found(leased)
+            outcome = await self.gateway.rule_out(leased.operation)
+        if isinstance(outcome, NotFound):
+            return await self._never_happened(leased)
         if isinstance(outcome, Unknown):
             return _Next(State.OPEN, outcome.message)
         if not await self._book(leased, outcome):
             return _Next(State.OPEN, "could not be booked")
         return _Next(State.DONE, "approved" if isinstance(outcome, Approved) else f"declined: {outcome.code}")
 
-    async def _not_found(self, leased: Leased) -> _Next:
-        """Unheard of: nothing yet, until the grace period has passed."""
-        left_seconds = self.schedule.grace - leased.age_seconds
-        if left_seconds > 0:
-            wait = min(self.schedule.distance(leased.looks), left_seconds)
-            return _Next(State.OPEN, "the gateway has not heard of it yet", delay_seconds=wait)
+    async def _never_happened(self, leased: Leased) -> _Next:
+        """Unheard of for longer than any request may be under way."""
         if not await self._book(leased, NEVER_HAPPENED):
             return _Next(State.OPEN, "could not be booked")
         if await self._is_booked(leased) is not False:
@@ -352,7 +360,7 @@ class Recovery:
                 return None
             if refund["captured_at"] is None:
                 return NOT_CAPTURED
-        return await self.phases.look_up(lambda: self.gateway.lookup(leased.operation))
+        return await self.gateway.look_up(leased.operation)
 
     async def _book(self, leased: Leased, outcome: Approved | Declined) -> bool:
         """Settles by the code of the request itself; whether it is settled now, by us or by somebody else."""
@@ -362,7 +370,7 @@ class Recovery:
 
     async def _check(self, leased: Leased) -> _Next:
         """Looks once more at what was booked as never happened."""
-        outcome = await self.phases.look_up(lambda: self.gateway.lookup(leased.operation))
+        outcome = await self.gateway.look_up(leased.operation)
         match outcome:
             case Approved(reference=reference):
                 return _Next(State.LATE, "approved after all", delay_seconds=0.0, late_reference=reference)
@@ -391,18 +399,17 @@ class Recovery:
         refund = GatewayRefund(
             key=f"{charge.key}-LATE",
             charge_key=charge.key,
+            charge_reference=leased.late_reference or "",
             amount=leased.amount,
             currency=leased.currency,
             payment_method=leased.payment_method,
         )
-        outcome = await self.phases.look_up(lambda: self.gateway.refund(refund))
+        outcome = await self.gateway.give_back(refund)
         match outcome:
             case Approved(reference=reference):
                 return _Next(State.DONE, f"taken late, given back: {reference}")
             case Declined(code=code):
                 return _Next(State.LATE, f"taken late, and not given back: {code}: by hand")
-            case NotFound():
-                return _Next(State.LATE, "taken late, and the gateway does not know how to give it back: by hand")
             case Unknown(message=message):
                 return _Next(State.LATE, f"taken late, not known to be given back: {message}")
             case _:

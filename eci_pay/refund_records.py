@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer
-from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle
+from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle, standing
 from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import InvalidState, PayError, PaymentNotFound, RefundExceedsBalance, ValidationFailed
@@ -137,6 +137,11 @@ async def begin_refunds(database: Database, rows: Sequence[RefundBegin]) -> list
     """Reserves every row or tells why not, in order."""
     whole = {"whole_amount_currencies": list(whole_amount_currencies())}
     return await begin(database, _STATEMENTS, rows, whole)
+
+
+async def standing_of_refund(database: Database, row: RefundBegin) -> Row:
+    """The state of its key and its payment, without beginning it."""
+    return await standing(database, _STATEMENTS, row)
 
 
 async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -> list[Answer | Exception | None]:

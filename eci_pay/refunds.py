@@ -16,15 +16,17 @@ from eci_pay.batches import Begun, Refused
 from eci_pay.charge_settling import charge_key
 from eci_pay.database import Database, Row
 from eci_pay.errors import PaymentNotFound, RefundExceedsBalance, Unavailable
-from eci_pay.gateways import Gateway, GatewayRefund, Outcome
+from eci_pay.gateway_calls import GatewayCalls, Place
+from eci_pay.gateways import GatewayRefund, Outcome
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
-from eci_pay.refund_records import RefundBegin, begin_refunds
+from eci_pay.refund_records import RefundBegin, begin_refunds, standing_of_refund
 from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, answer_of, refund_key
 from eci_pay.requests import RefundRequest
+from eci_pay.views import PaymentView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +35,7 @@ class Refunds:
     payment's currency cannot have, the errors of idempotency keys, and Unavailable where nothing was sent."""
 
     database: Database
-    gateway: Gateway
+    gateway: GatewayCalls
     payments: Payments
     phases: Phases
     settling: RefundSettling
@@ -55,18 +57,43 @@ class Refunds:
         return await self.phases.run_to_end(self._refund(payment_id, request, claim))
 
     async def _refund(self, payment_id: int, request: RefundRequest, claim: Claim) -> Answer:
-        begin = RefundBegin.of(payment_id, request, claim, self.clock())
+        try:
+            place = await self.gateway.place()
+        except Unavailable as error:
+            begin = RefundBegin.of(payment_id, request, claim, self.clock())
+            if answer := await self._answer_without_gateway(begin, error):
+                return answer
+            asked = await self._begin_and_ask(begin, None)
+        else:
+            with place:
+                begin = RefundBegin.of(payment_id, request, claim, self.clock())
+                asked = await self._begin_and_ask(begin, place)
+        return asked if isinstance(asked, Answer) else await self.settling.settle(*asked)
+
+    async def _begin_and_ask(
+        self, begin: RefundBegin, place: Place | None
+    ) -> Answer | tuple[Row, Outcome, PaymentView]:
+        """What settle needs; without a place, of a refund that needs no gateway."""
         refund = await self._begin(begin)
         if isinstance(refund, Answer):
             return refund
         try:
             # Read before the gateway is asked: after that, the caller is told 202 even if the database is away.
-            view = await self.payments.by_id(payment_id)
-            outcome = await self._ask_gateway(refund, begin.at)
+            view = await self.payments.by_id(begin.payment_id)
+            return refund, await self._ask_gateway(refund, place), view
         except Exception as error:
             await self.settling.give_up(refund, error)
             raise
-        return await self.settling.settle(refund, outcome, view)
+
+    async def _answer_without_gateway(self, begin: RefundBegin, error: Unavailable) -> Answer | None:
+        """The answer of a key that was used before; raises what stands in the way, and `error` where the gateway is
+        wanted; None where none is, because none has captured the payment."""
+        found = await standing_of_refund(self.database, begin)
+        if not begin.is_free(found):
+            return await self._refusal(begin, found)
+        if found["captured_at"] is not None:
+            raise error
+        return None
 
     async def _begin(self, begin: RefundBegin, *, looked: bool = False) -> Row | Answer:
         """The reserved refund, or the answer of a key that was used before. Where an unknown outcome stands in the way,
@@ -107,17 +134,20 @@ class Refunds:
             raise idempotency.refuse_in_flight(view.payment_id)
         return answer
 
-    async def _ask_gateway(self, refund: Row, begun_at: datetime) -> Outcome:
+    async def _ask_gateway(self, refund: Row, place: Place | None) -> Outcome:
         if refund["captured_at"] is None:
             return NOT_CAPTURED
+        if place is None:
+            raise Unavailable("the gateway was not asked, for it seemed that it need not be: try again")
         operation = GatewayRefund(
             key=refund_key(refund["transaction_id"], refund["refund_id"]),
             charge_key=charge_key(refund["transaction_id"], refund["attempt"]),
+            charge_reference=refund["authorization_code"],
             amount=refund["amount"],
             currency=refund["currency"],
             payment_method=refund["payment_method"],
         )
-        return await self.phases.ask(lambda: self.gateway.refund(operation), begun_at=begun_at)
+        return await self.gateway.refund(operation, place)
 
 
 def _unsettled(begin: RefundBegin, found: Row) -> set[int]:

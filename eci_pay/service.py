@@ -11,8 +11,10 @@ from eci_pay.charge_settling import ChargeSettling
 from eci_pay.charges import Charges
 from eci_pay.database import Database
 from eci_pay.embedded import embedded_url
+from eci_pay.gateway_calls import GatewayCalls, Limits
+from eci_pay.gateway_events import GatewayEvents
 from eci_pay.gateways import Gateway
-from eci_pay.gateways.simulated import SimulatedGateway
+from eci_pay.gateways.configured import configured_gateway
 from eci_pay.idempotency import KeyExpiry
 from eci_pay.messages import Destination, Messages, service_urls
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
@@ -47,6 +49,7 @@ class PaymentService:
     messages: Messages
     outbox: Outbox
     recovery: Recovery
+    gateway_events: GatewayEvents
     database: Database
     clock: Clock
 
@@ -94,15 +97,9 @@ async def payment_service(
 ) -> AsyncIterator[PaymentService]:
     """The service over the database at `url`; at its end, it waits for what has begun."""
     database = Database(url, settings)
-    gateway = gateway or _gateway(settings)
     payments = Payments(database)
-    phases = Phases(
-        database=database,
-        clock=clock,
-        send_deadline=timedelta(seconds=settings.eci_pay_send_deadline_seconds),
-        gateway_timeout_seconds=settings.eci_pay_gateway_timeout_seconds,
-        settle_retry_seconds=settings.eci_pay_settle_retry_seconds,
-    )
+    calls = GatewayCalls(gateway or configured_gateway(settings), Limits.of(settings), clock)
+    phases = Phases(database=database, settle_retry_seconds=settings.eci_pay_settle_retry_seconds)
     messages = Messages(frozenset(service_urls(settings)))
     outbox = Outbox(
         database,
@@ -117,10 +114,9 @@ async def payment_service(
     )
     recovery = Recovery(
         database=database,
-        gateway=gateway,
+        gateway=calls,
         charges=charge_settling,
         refunds=refund_settling,
-        phases=phases,
         clock=clock,
         schedule=Schedule.of(settings),
     )
@@ -129,7 +125,7 @@ async def payment_service(
         yield PaymentService(
             charges=Charges(
                 database=database,
-                gateway=gateway,
+                gateway=calls,
                 payments=payments,
                 phases=phases,
                 settling=charge_settling,
@@ -138,7 +134,7 @@ async def payment_service(
             ),
             refunds=Refunds(
                 database=database,
-                gateway=gateway,
+                gateway=calls,
                 payments=payments,
                 phases=phases,
                 settling=refund_settling,
@@ -151,17 +147,17 @@ async def payment_service(
             messages=messages,
             outbox=outbox,
             recovery=recovery,
+            gateway_events=GatewayEvents(
+                database=database,
+                gateway=calls,
+                charges=charge_settling,
+                refunds=refund_settling,
+                payments=payments,
+            ),
             database=database,
             clock=clock,
         )
     finally:
         await phases.drain()
-        await gateway.close()
+        await calls.close()
         await database.close()
-
-
-def _gateway(settings: Settings) -> Gateway:
-    return SimulatedGateway(
-        latency_seconds=settings.eci_pay_simulated_latency_seconds,
-        slow_seconds=settings.eci_pay_simulated_slow_seconds,
-    )

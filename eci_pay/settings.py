@@ -42,10 +42,31 @@ def _service_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _content_of_file(path: object) -> SecretStr:
+    """A secret that is kept in a file, as orchestrators mount them."""
+    try:
+        content = Path(str(path)).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"the file cannot be read: {reason}") from None
+    if not content:
+        raise ValueError("the file is empty")
+    return SecretStr(content)
+
+
+def _printable(secret: SecretStr) -> SecretStr:
+    """A secret that goes into a header."""
+    if not secret.get_secret_value().isascii() or not secret.get_secret_value().isprintable():
+        raise ValueError("must be printable ASCII")
+    return secret
+
+
 SECONDS_MAX = 86_400.0
 
 Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=SECONDS_MAX)]
+Secret = Annotated[SecretStr, AfterValidator(_printable)]
+SecretFile = Annotated[SecretStr, BeforeValidator(_content_of_file), AfterValidator(_printable)]
 ServiceUrl = Annotated[str, AfterValidator(_service_url)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
@@ -67,7 +88,16 @@ class Settings(BaseSettings):
 
     eci_pay_data_dir: Path | None = None
     """Where the embedded PostgreSQL keeps its data; unset means the user's data directory."""
-    eci_pay_gateway: Literal["simulated"] = "simulated"
+    eci_pay_gateway: Literal["simulated", "stripe"] = "simulated"
+
+    eci_pay_stripe_api_base: ServiceUrl = "https://api.stripe.com"
+    eci_pay_stripe_secret_key: Secret | None = None
+    eci_pay_stripe_secret_key_file: SecretFile | None = None
+    """The name of a file that holds it; this is what it holds."""
+    eci_pay_stripe_webhook_secret: Secret | None = None
+    """Signs the events that Stripe sends; without it they are refused."""
+    eci_pay_stripe_webhook_secret_file: SecretFile | None = None
+    """As above."""
 
     eci_pay_database_pool_size: int = Field(default=10, ge=1, le=200)
     """Connections of one process."""
@@ -86,6 +116,12 @@ class Settings(BaseSettings):
     """After begin, how late a request may still be sent to the gateway."""
     eci_pay_gateway_timeout_seconds: Seconds = 30.0
     """How long the gateway's answer is waited for; then the outcome is unknown."""
+    eci_pay_gateway_concurrency: int = Field(default=256, ge=1, le=10_000)
+    """Charges and refunds of one process that are between their begin and the gateway's answer."""
+    eci_pay_gateway_wait_seconds: Seconds = 5.0
+    """How long a charge or refund waits to be one of them; then it is refused, and nothing is recorded."""
+    eci_pay_gateway_queue_max: int = Field(default=1000, ge=0)
+    """How many wait; the next is refused at once."""
     eci_pay_settle_retry_seconds: Seconds = 10.0
     """How long settle is tried again while the database is away; then the caller is told 202."""
 
@@ -142,6 +178,25 @@ class Settings(BaseSettings):
                 "that and ECI_PAY_GATEWAY_TIMEOUT_SECONDS together"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stripe_has_its_secrets(self) -> "Settings":
+        for name in ("eci_pay_stripe_secret_key", "eci_pay_stripe_webhook_secret"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name.upper()}: is given, and so is {name.upper()}_FILE")
+        if self.eci_pay_gateway == "stripe" and self.stripe_secret_key is None:
+            raise ValueError("ECI_PAY_STRIPE_SECRET_KEY: ECI_PAY_GATEWAY=stripe needs it, or ..._FILE")
+        return self
+
+    @property
+    def stripe_secret_key(self) -> SecretStr | None:
+        """From the environment or the file."""
+        return self.eci_pay_stripe_secret_key or self.eci_pay_stripe_secret_key_file
+
+    @property
+    def stripe_webhook_secret(self) -> SecretStr | None:
+        """From the environment or the file."""
+        return self.eci_pay_stripe_webhook_secret or self.eci_pay_stripe_webhook_secret_file
 
     def embedded_data_dir(self) -> Path:
         """The directory of the embedded PostgreSQL.

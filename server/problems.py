@@ -18,6 +18,7 @@ STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.IdempotencyKeyMissing: 400,
     errors.IdempotencyKeyInvalid: 400,
     errors.IdempotencyKeyReused: 422,
+    errors.EventRefused: 400,
     errors.ValidationFailed: 422,
     errors.NotFound: 404,
     errors.Conflict: 409,

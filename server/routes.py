@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route, request_response
 from starlette.types import Receive, Scope, Send
 
-from server import health, payments
+from server import gateway_events, health, payments
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -39,6 +39,7 @@ TABLE: dict[str, dict[str, Handler]] = {
     "/v1/payments/{payment_id}": {"GET": payments.show, "DELETE": payments.cancel},
     "/v1/payments/{payment_id}/refund": {"POST": payments.refund},
     "/v1/payments/{payment_id}/status": {"PATCH": payments.update_status},
+    "/v1/gateway/events": {"POST": gateway_events.take},
     "/health": {"GET": health.health},
     "/health/live": {"GET": health.health},
     "/health/startup": {"GET": health.health},

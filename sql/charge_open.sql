@@ -1,6 +1,6 @@
 -- What settle needs of a charge that is still PROCESSING. Its key is found by when it expires: an unfinished key
 -- does so exactly one lifetime after the begin that claimed it, and that is indexed.
-SELECT p.payment_id, p.begin_id, p.updated_at AS begun_at, k.id AS key_id,
+SELECT p.payment_id, p.begin_id, k.id AS key_id,
        nextval('transactions_transaction_log_id_seq') AS settle_log_id
 FROM payments p
 LEFT JOIN idempotency_keys k

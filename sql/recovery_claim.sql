@@ -16,5 +16,6 @@ UPDATE recoveries r SET
 FROM due, payments p
 WHERE r.recovery_id = due.recovery_id AND p.payment_id = r.payment_id
 RETURNING r.recovery_id, r.payment_id, r.attempt, r.refund_id, r.amount, r.currency, r.payment_method, r.state,
-          r.looks, r.lease_id, p.transaction_id,
+          r.looks, r.lease_id, r.late_reference, p.transaction_id,
+          coalesce(p.authorization_code, '') AS charge_reference,
           extract(epoch FROM now() - r.found_at)::double precision AS age_seconds

@@ -51,7 +51,7 @@ reserved AS (
       AND l.refund_amount > 0
       AND l.refunded_amount + l.refund_amount <= l.captured
       AND (l.refund_amount = trunc(l.refund_amount) OR l.currency <> ALL (%(whole_amount_currencies)s::text[]))
-    RETURNING l.n, p.transaction_id, p.attempt, p.payment_method, p.captured_at
+    RETURNING l.n, p.transaction_id, p.attempt, p.payment_method, p.captured_at, p.authorization_code
 ),
 recorded AS (
     INSERT INTO refunds (payment_id, amount, reason, status, begin_id, created_at, updated_at)
@@ -92,7 +92,7 @@ claimed AS (
     RETURNING k.id, k.refund_id
 )
 SELECT l.n, l.payment_id, l.order_id, l.begin_id, f.refund_id, l.refund_amount AS amount, l.currency,
-       r.transaction_id, r.attempt, r.payment_method, r.captured_at, c.id AS key_id
+       r.transaction_id, r.attempt, r.payment_method, r.captured_at, r.authorization_code, c.id AS key_id
 FROM reserved r
 JOIN locked l USING (n)
 JOIN recorded f USING (payment_id)

@@ -64,6 +64,7 @@ class Ledger(RecordingGateway):
         super().__init__()
         self.booked: dict[str, Approved | Declined] = {}
         self.looked: list[str] = []
+        self.ruled_out: list[str] = []
         self.looks_at_once: dict[str, int] = {}
         self.looked_at_twice: list[str] = []
         self.verdict: Declined | None = None
@@ -106,6 +107,10 @@ class Ledger(RecordingGateway):
             return answer
         finally:
             self.looks_at_once[key] -= 1
+
+    async def rule_out(self, operation: Operation) -> Outcome | NotFound:
+        self.ruled_out.append(operation.key)
+        return self.lookup_answer or self.booked.get(operation.key) or NotFound()
 
     def act(self, key: str) -> Approved | Declined:
         """Moves the money, or refuses to."""
@@ -306,6 +311,7 @@ async def test_a_charge_that_never_arrived_fails_after_the_grace_period_and_is_l
     await travel(books)
     [look] = await recovering.recovery.run_once()
     assert (look.state, look.result, len(ledger.looked)) == ("DONE", "never happened", 3)
+    assert ledger.ruled_out == ledger.looked[:1]
     assert await books.value("SELECT ended_at IS NOT NULL FROM recoveries")
     await travel(books)
     assert await recovering.recovery.run_once() == []

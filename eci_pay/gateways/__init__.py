@@ -26,10 +26,11 @@ class GatewayCharge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayRefund:
-    """A refund as the gateway sees it, of the charge with `charge_key`."""
+    """A refund as the gateway sees it, of the charge with `charge_key`, which the gateway calls `charge_reference`."""
 
     key: str
     charge_key: str
+    charge_reference: str
     amount: Decimal
     currency: str
     payment_method: str
@@ -66,8 +67,19 @@ class NotFound:
 Outcome = Approved | Declined | Unknown
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayEvent:
+    """What the gateway tells of its own accord: the outcome of the operation with `key`."""
+
+    key: str
+    outcome: Approved | Declined
+
+
 class Gateway(Protocol):
     """What eci-pay needs of a gateway. Operations raise GatewayUnavailable where nothing was sent."""
+
+    def fault(self, charge: GatewayCharge) -> tuple[str, str] | None:
+        """What it can never charge, known without asking it: the field at fault, and why."""
 
     async def charge(self, charge: GatewayCharge) -> Outcome:
         """Takes the money."""
@@ -77,6 +89,13 @@ class Gateway(Protocol):
 
     async def lookup(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
         """Tells what became of an operation."""
+
+    async def rule_out(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
+        """Looks up an operation and keeps it from being done later, where the gateway can be kept from it."""
+
+    def read_event(self, body: bytes, signature: str | None) -> GatewayEvent | None:
+        """What the gateway has sent to our address: None where that settles nothing.
+        Raises EventRefused for what it has not signed, or signed too long ago."""
 
     async def close(self) -> None:
         """Lets go of connections."""

@@ -8,7 +8,17 @@ import hashlib
 from decimal import Decimal
 from enum import Enum, auto
 
-from eci_pay.gateways import Approved, Declined, GatewayCharge, GatewayRefund, NotFound, Outcome, Unknown
+from eci_pay.errors import EventRefused
+from eci_pay.gateways import (
+    Approved,
+    Declined,
+    GatewayCharge,
+    GatewayEvent,
+    GatewayRefund,
+    NotFound,
+    Outcome,
+    Unknown,
+)
 
 
 class Behaviour(Enum):
@@ -46,6 +56,10 @@ class SimulatedGateway:
         self._latency_seconds = latency_seconds
         self._slow_seconds = slow_seconds
 
+    def fault(self, charge: GatewayCharge) -> tuple[str, str] | None:  # noqa: ARG002
+        """Charges anything."""
+        return None
+
     async def charge(self, charge: GatewayCharge) -> Outcome:
         """Approves, or does what the magic amount says."""
         return await self._answer(charge)
@@ -58,6 +72,14 @@ class SimulatedGateway:
         """Tells what the operation came to, or would have come to."""
         behaviour = _behaviour(operation)
         return NotFound() if behaviour in _NEVER_ACTS else _result(operation, behaviour)
+
+    async def rule_out(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
+        """A lookup: it does nothing later that it has not done."""
+        return await self.lookup(operation)
+
+    def read_event(self, body: bytes, signature: str | None) -> GatewayEvent | None:  # noqa: ARG002
+        """Nothing that arrives is from it, for it sends nothing."""
+        raise EventRefused("the simulated gateway sends no events")
 
     async def close(self) -> None:
         """There is nothing to close."""

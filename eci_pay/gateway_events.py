@@ -1,0 +1,64 @@
+"""The use case of what the gateway tells of its own accord: it settles at once what is unknown.
+
+An event may come early, late, twice, or never, and tells nothing that a lookup would not. So it is booked like the
+result of a look; where it contradicts the books, recovery looks again instead of believing it.
+"""
+
+import logging
+import re
+from dataclasses import dataclass, field
+
+from eci_pay.charge_settling import ChargeSettling
+from eci_pay.database import Database
+from eci_pay.errors import EventRefused, PaymentNotFound
+from eci_pay.gateway_calls import GatewayCalls
+from eci_pay.gateways import Approved, GatewayEvent
+from eci_pay.payments import Payments
+from eci_pay.refund_settling import RefundSettling
+
+_KEY = re.compile(r"(?P<transaction_id>TXN[0-9A-Z]{26})-(?P<refund>R?)(?P<number>[0-9]{1,18})")
+"""What `charge_key` and `refund_key` make."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class GatewayEvents:
+    """`refused` counts what was not from the gateway since the process began."""
+
+    database: Database
+    gateway: GatewayCalls
+    charges: ChargeSettling
+    refunds: RefundSettling
+    payments: Payments
+    refused: int = field(default=0, init=False)
+
+    async def take(self, body: bytes, signature: str | None) -> None:
+        """Books what an event tells. Raises EventRefused; Unavailable where the gateway should send it again."""
+        try:
+            event = self.gateway.read_event(body, signature)
+        except EventRefused as error:
+            self.refused += 1
+            _log.warning("refused an event, %d so far: %s", self.refused, error)
+            raise
+        if event is not None and (key := _KEY.fullmatch(event.key)):
+            await self._book(event, key["transaction_id"], int(key["number"]), of_refund=bool(key["refund"]))
+
+    async def _book(self, event: GatewayEvent, transaction_id: str, number: int, *, of_refund: bool) -> None:
+        try:
+            payment = await self.payments.by_transaction(transaction_id)
+        except PaymentNotFound:
+            _log.warning("an event tells of %s, which is not in these books", event.key)
+            return
+        if of_refund:
+            await self.refunds.settle_open(number, event.outcome)
+        else:
+            await self.charges.settle_open(payment.payment_id, number, event.outcome)
+        if isinstance(event.outcome, Approved):
+            params = {
+                "payment_id": payment.payment_id,
+                "attempt": None if of_refund else number,
+                "refund_id": number if of_refund else None,
+            }
+            if await self.database.fetch("recovery_recheck", params):
+                _log.error("an event tells that %s was approved, which is booked as failed", event.key)
