@@ -1,7 +1,7 @@
 """The use case of what the gateway tells of its own accord: it settles at once what is unknown.
 
-An event may come early, late, twice, or never, and tells nothing that a lookup would not. So it is booked like the
-result of a look; where it contradicts the books, recovery looks again instead of believing it.
+An event may come early, late, twice, or never. It is booked like the result of a look; where money has moved for what
+is booked as failed, recovery puts that right.
 """
 
 import logging
@@ -59,6 +59,7 @@ class GatewayEvents:
                 "payment_id": payment.payment_id,
                 "attempt": None if of_refund else number,
                 "refund_id": number if of_refund else None,
+                "late_reference": event.outcome.reference,
             }
-            if await self.database.fetch("recovery_recheck", params):
+            if await self.database.fetch("recovery_told", params):
                 _log.error("an event tells that %s was approved, which is booked as failed", event.key)

@@ -46,6 +46,8 @@ FIND_COUNT_MAX = 500
 LOOKS_AT_ONCE_MAX = 8
 """How many lookups of one process are under way at the gateway."""
 OPEN_SHOWN_MAX = 1000
+CLOCK_TOLERANCE = timedelta(minutes=1)
+"""How far ahead of ours another process's clock may be before what it began is found without waiting."""
 ALERT_INTERVAL_SECONDS = 60.0
 """How often the log is told of what is overdue."""
 NEVER_HAPPENED = Declined(code="not_processed", message="The gateway has never received the request.")
@@ -171,9 +173,13 @@ class Recovery:
 
     async def find(self, *, after_seconds: float | None = None) -> None:
         """Schedules a first look at what has been PROCESSING for so long."""
-        seconds = self.schedule.first if after_seconds is None else after_seconds
-        params = {"before": self.clock() - timedelta(seconds=seconds), "count_max": FIND_COUNT_MAX}
-        await self.database.fetch("recovery_find", params)
+        await self.database.fetch("recovery_find", {**self._begun(after_seconds), "count_max": FIND_COUNT_MAX})
+
+    def _begun(self, seconds_ago: float | None = None) -> dict[str, datetime]:
+        """When that was begun, or else by a process whose clock is ahead of ours."""
+        now = self.clock()
+        seconds_ago = self.schedule.first if seconds_ago is None else seconds_ago
+        return {"before": now - timedelta(seconds=seconds_ago), "future": now + CLOCK_TOLERANCE}
 
     async def look_at_due(self) -> list[Look]:
         """Looks at a few that are due."""
@@ -238,9 +244,7 @@ class Recovery:
     async def open(self) -> list[Look]:
         """What is not settled: what is looked at, the oldest first, then what has no look scheduled yet; of each at
         most `OPEN_SHOWN_MAX`."""
-        now = self.clock()
-        before = now - timedelta(seconds=self.schedule.first)
-        unfound = {"now": now, "before": before, "count_max": OPEN_SHOWN_MAX}
+        unfound = {**self._begun(), "now": self.clock(), "count_max": OPEN_SHOWN_MAX}
         rows = await self._open(None) + await self.database.read("recovery_unfound", unfound)
         return [
             Look(

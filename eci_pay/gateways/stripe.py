@@ -5,6 +5,7 @@ found again. Written against https://docs.stripe.com/api (idempotent requests, e
 """
 
 import logging
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -129,11 +130,12 @@ class StripeGateway:
                 },
                 {"idempotency_key": operation.key},
             )
-            await self._cancel(intent)
         except stripe.IdempotencyError:
             return await self._received(operation.key)
         except stripe.StripeError as error:
             return _not_found_out(error)
+        with suppress(stripe.StripeError):
+            await self._cancel(intent)  # for tidiness: what is never confirmed takes no money
         return NotFound()
 
     def read_event(self, body: bytes, signature: str | None) -> GatewayEvent | None:
@@ -170,13 +172,16 @@ class StripeGateway:
             )
         return Declined(code="authentication_required", message="The card wants its holder to confirm the payment.")
 
-    async def _received(self, key: str) -> Outcome | NotFound:
-        """What became of a charge that Stripe has received, as the list says, which lags behind nothing."""
+    async def _received(self, key: str) -> Outcome:
+        """What became of a charge that Stripe has received, as the list says, which lags behind nothing. One that is
+        not there may still be worked on."""
         try:
             intent = await self._find_intent_in_list(key)
         except stripe.StripeError as error:
             return _not_found_out(error)
-        return intent if isinstance(intent, Unknown | NotFound) else await self._outcome_of(intent)
+        if isinstance(intent, Unknown | NotFound):
+            return Unknown(message="Stripe has received the charge and does not show it yet.")
+        return await self._outcome_of(intent)
 
     async def _find_intent(self, key: str) -> stripe.PaymentIntent | Unknown | NotFound:
         try:
