@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo serve test check bench constraints clean
+.PHONY: demo serve test check faults bench constraints clean
 
 # Everything below installs what it needs first, from hashed versions.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ check: $(VENV)/.installed  ## Lint, format, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds=30"
+	$(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(VENV)/.installed  ## Measurements (wants wrk); ARGS="--messages=..." for less
 	$(BIN)/python -m benchmarks.relay $(ARGS)

@@ -87,28 +87,28 @@ class ChargeSettling:
             raise applied
         if applied:
             return settlement.answer
-        if settlement.status is PaymentStatus.COMPLETED:
-            await self._note_if_late(attempt, settlement)
+        if settlement.authorization_code is not None:
+            await self.note_if_late(attempt.view, settlement.authorization_code)
         return await self._settled_by_another(attempt)
 
-    async def _note_if_late(self, attempt: Attempt, settlement: ChargeSettlement) -> None:
-        """The gateway took the money: unless that is what was booked, recovery will give it back."""
+    async def note_if_late(self, view: PaymentView, reference: str) -> None:
+        """The gateway took the money of this attempt: unless that is what was booked, recovery will give it back."""
         noted = await self.database.fetch(
             "recovery_late",
             {
-                "payment_id": attempt.view.payment_id,
-                "attempt": attempt.view.attempt,
-                "amount": attempt.view.amount,
-                "currency": attempt.view.currency,
-                "payment_method": attempt.view.payment_method.value,
-                "late_reference": settlement.authorization_code,
+                "payment_id": view.payment_id,
+                "attempt": view.attempt,
+                "amount": view.amount,
+                "currency": view.currency,
+                "payment_method": view.payment_method.value,
+                "late_reference": reference,
             },
         )
         if noted:
             _log.error(
                 "payment %d, attempt %d: the gateway took money that had been booked as not taken",
-                attempt.view.payment_id,
-                attempt.view.attempt,
+                view.payment_id,
+                view.attempt,
             )
 
     async def _settled_by_another(self, attempt: Attempt) -> Answer:

@@ -35,6 +35,7 @@ DECLINE_CODE_LENGTH_MAX = 50
 MESSAGE_LENGTH_MAX = 400
 
 Answered = TypeVar("Answered", Outcome, Outcome | NotFound)
+Told = TypeVar("Told", Approved | Declined, Outcome, Outcome | NotFound)
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +143,8 @@ class GatewayCalls:
 
     def read_event(self, body: bytes, signature: str | None) -> GatewayEvent | None:
         """What the gateway has sent to our address: None where that settles nothing; raises EventRefused."""
-        return self._gateway.read_event(body, signature)
+        event = self._gateway.read_event(body, signature)
+        return event and replace(event, outcome=_fitted(event.outcome))
 
     async def close(self) -> None:
         """Lets go of the gateway's connections."""
@@ -220,7 +222,7 @@ class GatewayCalls:
             return Unknown(message="The gateway's answer could not be read.")
 
 
-def _fitted(outcome: Answered) -> Answered:
+def _fitted(outcome: Told) -> Told:
     """A gateway's texts, cut to what the books hold: a long one must not stop the booking of the money."""
     match outcome:
         case Approved(reference=reference, message=message):

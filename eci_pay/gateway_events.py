@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from eci_pay.charge_settling import ChargeSettling
 from eci_pay.database import Database
-from eci_pay.errors import EventRefused, PaymentNotFound
+from eci_pay.errors import EventRefused, PaymentNotFound, Unavailable
 from eci_pay.gateway_calls import GatewayCalls
 from eci_pay.gateways import Approved, GatewayEvent
+from eci_pay.lifecycle import RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.refund_settling import RefundSettling
+from eci_pay.views import PaymentView
 
 _KEY = re.compile(r"(?P<transaction_id>TXN[0-9A-Z]{26})-(?P<refund>R?)(?P<number>[0-9]{1,18})")
 """What `charge_key` and `refund_key` make."""
@@ -51,15 +53,45 @@ class GatewayEvents:
             _log.warning("an event tells of %s, which is not in these books", event.key)
             return
         if of_refund:
-            await self.refunds.settle_open(number, event.outcome)
+            await self._book_refund(event, payment, number)
         else:
-            await self.charges.settle_open(payment.payment_id, number, event.outcome)
-        if isinstance(event.outcome, Approved):
-            params = {
-                "payment_id": payment.payment_id,
-                "attempt": None if of_refund else number,
-                "refund_id": number if of_refund else None,
-                "late_reference": event.outcome.reference,
-            }
-            if await self.database.fetch("recovery_told", params):
-                _log.error("an event tells that %s was approved, which is booked as failed", event.key)
+            await self._book_charge(event, payment, number)
+
+    async def _book_charge(self, event: GatewayEvent, payment: PaymentView, attempt: int) -> None:
+        if not await self.charges.settle_open(payment.payment_id, attempt, event.outcome):
+            raise Unavailable("the event could not be booked")
+        if not isinstance(event.outcome, Approved) or await self._told_late(event, payment, attempt=attempt):
+            return
+        if payment.attempt == attempt:
+            await self.charges.note_if_late(payment, event.outcome.reference)
+
+    async def _book_refund(self, event: GatewayEvent, payment: PaymentView, refund_id: int) -> None:
+        if refund_id not in {refund.refund_id for refund in payment.refunds}:
+            _log.warning("an event tells of %s, which is not in these books", event.key)
+            return
+        if not await self.refunds.settle_open(refund_id, event.outcome):
+            raise Unavailable("the event could not be booked")
+        view = await self.payments.by_id(payment.payment_id)
+        booked = next(refund for refund in view.refunds if refund.refund_id == refund_id)
+        approved = isinstance(event.outcome, Approved)
+        if approved is (booked.status is RefundStatus.COMPLETED):
+            return
+        if not approved or not await self._told_late(event, payment, refund_id=refund_id):
+            told = "made" if approved else "not made"
+            _log.error("an event tells that %s was %s, and it is booked as %s: by hand", event.key, told, booked.status)
+
+    async def _told_late(
+        self, event: GatewayEvent, payment: PaymentView, *, attempt: int | None = None, refund_id: int | None = None
+    ) -> bool:
+        """Lets recovery put right what it has booked as never happened."""
+        assert isinstance(event.outcome, Approved)
+        params = {
+            "payment_id": payment.payment_id,
+            "attempt": attempt,
+            "refund_id": refund_id,
+            "late_reference": event.outcome.reference,
+        }
+        noted = await self.database.fetch("recovery_told", params)
+        if noted:
+            _log.error("an event tells that %s was approved, which is booked as never happened", event.key)
+        return bool(noted)

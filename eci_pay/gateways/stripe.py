@@ -64,15 +64,19 @@ class StripeGateway:
             return "payment_method", f"must be one of {', '.join(METHODS)}, or COD: the gateway takes cards"
         if charge.payment_token is None:
             return "payment_token", "is required: the id of a PaymentMethod of Stripe's"
+        if minor_units(charge.amount, charge.currency) is None:
+            return "amount", f"has more decimals than Stripe takes of {charge.currency}"
         return None
 
     async def charge(self, charge: GatewayCharge) -> Outcome:
         """Creates and confirms a PaymentIntent."""
+        amount = minor_units(charge.amount, charge.currency)
+        assert amount is not None, "else `fault` has said so"
         assert charge.payment_token is not None
         try:
             intent = await self._stripe().payment_intents.create_async(
                 {
-                    "amount": minor_units(charge.amount, charge.currency),
+                    "amount": amount,
                     "currency": charge.currency.lower(),
                     "confirm": True,
                     "payment_method": charge.payment_token,
@@ -89,11 +93,16 @@ class StripeGateway:
 
     async def refund(self, refund: GatewayRefund) -> Outcome:
         """Creates a Refund."""
+        amount = minor_units(refund.amount, refund.currency)
+        if amount is None:
+            return Declined(
+                code="invalid_amount", message=f"It has more decimals than Stripe gives back of {refund.currency}."
+            )
         try:
             made = await self._stripe().refunds.create_async(
                 {
                     "payment_intent": refund.charge_reference,
-                    "amount": minor_units(refund.amount, refund.currency),
+                    "amount": amount,
                     "metadata": {KEY: refund.key},
                 },
                 {"idempotency_key": refund.key},
@@ -123,7 +132,7 @@ class StripeGateway:
         try:
             intent = await self._stripe().payment_intents.create_async(
                 {
-                    "amount": minor_units(operation.amount, operation.currency),
+                    "amount": minor_units(operation.amount, operation.currency) or 1,
                     "currency": operation.currency.lower(),
                     "payment_method_types": ["card"],  # type: ignore[typeddict-unknown-key]  # of API_VERSION
                     "metadata": {KEY: operation.key, RULED_OUT: "yes"},
@@ -145,6 +154,8 @@ class StripeGateway:
         try:
             event = stripe.Webhook.construct_event(body, signature, self._webhook_secret, SIGNATURE_AGE_SECONDS_MAX)
             told = event.data.object
+            if not isinstance(told, stripe.StripeObject):
+                raise TypeError(type(told))  # noqa: TRY301
             metadata = _metadata(told)
         except stripe.SignatureVerificationError as error:
             raise EventRefused(str(error.user_message or error)) from None
@@ -235,10 +246,10 @@ class StripeGateway:
         return self._client.v1
 
 
-def minor_units(amount: Decimal, currency: str) -> int:
-    """The amount as Stripe counts it, in units of the last decimal."""
-    exponent = _EXPONENTS.get(currency, currency_exponents()[currency])
-    return int(amount.scaleb(exponent))
+def minor_units(amount: Decimal, currency: str) -> int | None:
+    """The amount as Stripe counts it, in units of the last decimal; None where it has more decimals than that."""
+    units = amount.scaleb(_EXPONENTS.get(currency, currency_exponents()[currency]))
+    return int(units) if units == units.to_integral_value() else None
 
 
 def _charge_among(intents: list[stripe.PaymentIntent], key: str) -> stripe.PaymentIntent | None:
@@ -250,7 +261,8 @@ def _charge_among(intents: list[stripe.PaymentIntent], key: str) -> stripe.Payme
 
 
 def _metadata(told: Any) -> dict[str, str]:
-    return told.metadata.to_dict() if told.metadata else {}
+    metadata = getattr(told, "metadata", None)
+    return metadata.to_dict() if metadata else {}
 
 
 def _of_object(told: object) -> Outcome | None:
@@ -271,8 +283,8 @@ def _of_intent(intent: stripe.PaymentIntent) -> Outcome:
             return Declined(code="canceled", message="The payment was cancelled at Stripe.")
         case "requires_payment_method" if error := intent.last_payment_error:
             return Declined(
-                code=getattr(error, "decline_code", None) or error.code or "declined",
-                message=error.message or "The card was declined.",
+                code=getattr(error, "decline_code", None) or getattr(error, "code", None) or "declined",
+                message=getattr(error, "message", None) or "The card was declined.",
             )
         case status:
             return Unknown(message=f"The payment is {status} at Stripe.")
@@ -303,7 +315,8 @@ def _failed(error: stripe.StripeError) -> Outcome:
         case stripe.RateLimitError() | stripe.AuthenticationError() | stripe.PermissionError():
             raise GatewayUnavailable(_words(error)) from error
         case stripe.InvalidRequestError() if error.http_status in (400, 402, 404):
-            return Declined(code=str(error.code or "invalid_request"), message=_words(error))
+            # Its text may repeat what was sent, the card's token among it.
+            return Declined(code=str(error.code or "invalid_request"), message="Stripe refuses such a request.")
         case stripe.IdempotencyError():
             return Unknown(message="Stripe has received another request under this key.")
         case _:
@@ -315,9 +328,14 @@ def _not_found_out(error: stripe.StripeError) -> Unknown:
 
 
 def _words(error: stripe.StripeError) -> str:
-    """For people. Stripe's own text may tell a part of the key that was refused."""
-    if isinstance(error, stripe.AuthenticationError):
-        return "the secret key was refused"
-    if isinstance(error, stripe.APIConnectionError):
-        return f"no connection: {type(error.__cause__).__name__}"
-    return " ".join(str(error.user_message or error.code or type(error).__name__).split())
+    """For people. Stripe's own texts are made for them only where they are about a card: others may tell a part of
+    the secret key, or repeat what was sent."""
+    match error:
+        case stripe.CardError():
+            return str(error.user_message or error.code)
+        case stripe.AuthenticationError() | stripe.PermissionError():
+            return "the secret key was refused"
+        case stripe.APIConnectionError():
+            return f"no connection: {type(error.__cause__).__name__}"
+        case _:
+            return f"{type(error).__name__} {error.code or error.http_status or ''}".rstrip()
