@@ -27,8 +27,8 @@ from eci_pay.errors import (
     Unavailable,
     ValidationFailed,
 )
-from eci_pay.gateway_calls import GatewayCalls
-from eci_pay.gateways import GatewayCharge
+from eci_pay.gateway_calls import GatewayCalls, Place
+from eci_pay.gateways import GatewayCharge, Outcome
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 from eci_pay.payments import Payments
@@ -80,17 +80,31 @@ class Charges:
                 return answer
             raise
         with place:
-            begin = self._charge_begin(request, claim)
-            row = await self._begun(begin, begin_charges)
-            if isinstance(row, Answer):
-                return row
-            attempt = await self._attempt(begin, row)
-            try:
-                outcome = await self.gateway.charge(_gateway_charge(request, attempt.view), place)
-            except Unavailable as error:
-                await self.settling.give_up(attempt, error)
-                raise
+            begun = await self._begin_and_ask(request, claim, place)
+        if isinstance(begun, Answer):
+            return begun
+        attempt, outcome = begun
+        if isinstance(outcome, Exception):
+            await self.settling.give_up(attempt, outcome)
+            raise outcome
         return await self.settling.settle(attempt, outcome)
+
+    async def _begin_and_ask(
+        self, request: ChargeRequest, claim: Claim, place: Place
+    ) -> Answer | tuple[Attempt, Outcome | Exception]:
+        """The gateway's answer, or what kept the attempt from being sent."""
+        begin = self._charge_begin(request, claim)
+        row = await self._begun(begin, begin_charges)
+        if isinstance(row, Answer):
+            return row
+        attempt = _attempt_of(begin, row)
+        try:
+            if attempt.view.attempt > 1:
+                # What was taken over has a history, which only a snapshot younger than begin shows whole.
+                attempt = replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
+            return attempt, await self.gateway.charge(_gateway_charge(request, attempt.view), place)
+        except Exception as error:  # whatever it is, nothing was sent
+            return attempt, error
 
     def _check(self, request: ChargeRequest) -> None:
         """Raises ValidationFailed for what the gateway can never charge."""
@@ -141,21 +155,6 @@ class Charges:
                 raise result
             case _:
                 assert_never(result)
-
-    async def _attempt(self, begin: ChargeBegin, row: Row) -> Attempt:
-        attempt = Attempt(
-            view=_view_of_begin(begin, row),
-            settle_log_id=row["settle_log_id"],
-            key_id=row["key_id"],
-        )
-        if attempt.view.attempt == 1:
-            return attempt
-        # A payment that was taken over has a history, which only a snapshot younger than begin shows whole.
-        try:
-            return replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
-        except Exception as error:
-            await self.settling.give_up(attempt, error)
-            raise
 
     async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
         """The recorded answer of a live key; raises what else stands in the way."""
@@ -227,6 +226,10 @@ def _answer_of(view: PaymentView, begin: ChargeBegin) -> Answer:
             message=view.gateway_response or "The payment failed.",
         )
     return answers.created(view)
+
+
+def _attempt_of(begin: ChargeBegin, row: Row) -> Attempt:
+    return Attempt(view=_view_of_begin(begin, row), settle_log_id=row["settle_log_id"], key_id=row["key_id"])
 
 
 def _view_of_begin(begin: ChargeBegin, row: Row) -> PaymentView:

@@ -33,6 +33,7 @@ from eci_pay.settings import Settings
 REFERENCE_LENGTH_MAX = 50
 DECLINE_CODE_LENGTH_MAX = 50
 MESSAGE_LENGTH_MAX = 400
+OUT_OF_ORDER = "the gateway is out of order; nothing was sent"
 
 Answered = TypeVar("Answered", Outcome, Outcome | NotFound)
 Told = TypeVar("Told", Approved | Declined, Outcome, Outcome | NotFound)
@@ -104,7 +105,8 @@ class GatewayCalls:
         self._places = asyncio.Semaphore(limits.places)
         self._waiting = 0
         self._breaker = Breaker()
-        self._is_probed = False
+        self._probe: object | None = None
+        """The request that tries whether the gateway is back."""
 
     def fault(self, charge: GatewayCharge) -> tuple[str, str] | None:
         """What this gateway can never charge: the field at fault, and why."""
@@ -112,13 +114,16 @@ class GatewayCalls:
 
     async def place(self) -> Place:
         """Takes a place; raises Unavailable where the gateway is down, or there is none in time."""
-        probes = self._admit()
+        probe = self._admit()
         try:
             await self._wait_for_place()
         except BaseException:
-            self._is_probed = self._is_probed and not probes
+            self._end_probe(probe)
             raise
-        return Place(self._clock, lambda: self._leave(probes=probes))
+        if probe is None and not self._breaker.is_closed:  # it has opened while we waited
+            self._places.release()
+            raise Unavailable(OUT_OF_ORDER)
+        return Place(self._clock, lambda: self._leave(probe))
 
     async def charge(self, charge: GatewayCharge, place: Place) -> Outcome:
         """Takes the money. Raises Unavailable where it is certain that nothing was sent."""
@@ -150,14 +155,14 @@ class GatewayCalls:
         """Lets go of the gateway's connections."""
         await self._gateway.close()
 
-    def _admit(self) -> bool:
-        """Refuses while the gateway is down; returns whether this is the request that tries whether it is back."""
+    def _admit(self) -> object | None:
+        """Refuses while the gateway is down; what it returns then is the request that tries whether it is back."""
         if self._breaker.is_closed:
-            return False
-        if self._is_probed or self._breaker.wait_seconds > 0:
-            raise Unavailable("the gateway is out of order; nothing was sent")
-        self._is_probed = True
-        return True
+            return None
+        if self._probe is not None or self._breaker.wait_seconds > 0:
+            raise Unavailable(OUT_OF_ORDER)
+        self._probe = object()
+        return self._probe
 
     async def _wait_for_place(self) -> None:
         if not self._places.locked():
@@ -174,10 +179,13 @@ class GatewayCalls:
         finally:
             self._waiting -= 1
 
-    def _leave(self, *, probes: bool) -> None:
+    def _leave(self, probe: object | None) -> None:
         self._places.release()
-        if probes:
-            self._is_probed = False
+        self._end_probe(probe)
+
+    def _end_probe(self, probe: object | None) -> None:
+        if probe is not None and self._probe is probe:
+            self._probe = None
 
     async def _move(self, send: Callable[[], Awaitable[Outcome]], key: str, place: Place) -> Outcome:
         if place.age > timedelta(seconds=self._limits.send_deadline_seconds):
@@ -189,12 +197,18 @@ class GatewayCalls:
             raise Unavailable(f"the gateway cannot be reached; nothing was sent: {error}") from error
         if isinstance(outcome, Unknown):
             self._failed(key, outcome.message)
-        elif (seconds := self._breaker.succeed()) is not None:
-            _log.warning("the gateway works again after %.0f s", seconds)
+        else:
+            self._succeeded()
         return outcome
 
+    def _succeeded(self) -> None:
+        self._probe = None  # whoever it was, the next outage is another
+        if (seconds := self._breaker.succeed()) is not None:
+            _log.warning("the gateway works again after %.0f s", seconds)
+
     def _failed(self, key: str, why: str) -> None:
-        if self._breaker.fail(key):
+        payment = key.rpartition("-")[0]  # each retry has a key of its own, and one payment is no outage
+        if self._breaker.fail(payment):
             _log.error("the gateway is out of order: requests are refused before they begin: %s", why)
 
     async def _unhurried(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:

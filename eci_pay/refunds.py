@@ -63,27 +63,33 @@ class Refunds:
             begin = RefundBegin.of(payment_id, request, claim, self.clock())
             if answer := await self._answer_without_gateway(begin, error):
                 return answer
-            asked = await self._begin_and_ask(begin, None)
+            begun = await self._begin_and_ask(begin, None)
         else:
             with place:
                 begin = RefundBegin.of(payment_id, request, claim, self.clock())
-                asked = await self._begin_and_ask(begin, place)
-        return asked if isinstance(asked, Answer) else await self.settling.settle(*asked)
+                begun = await self._begin_and_ask(begin, place)
+        if isinstance(begun, Answer):
+            return begun
+        refund, asked = begun
+        if isinstance(asked, Exception):
+            await self.settling.give_up(refund, asked)
+            raise asked
+        outcome, view = asked
+        return await self.settling.settle(refund, outcome, view)
 
     async def _begin_and_ask(
         self, begin: RefundBegin, place: Place | None
-    ) -> Answer | tuple[Row, Outcome, PaymentView]:
-        """What settle needs; without a place, of a refund that needs no gateway."""
+    ) -> Answer | tuple[Row, tuple[Outcome, PaymentView] | Exception]:
+        """The gateway's answer, or what kept the refund from being sent; without a place, of one that needs none."""
         refund = await self._begin(begin)
         if isinstance(refund, Answer):
             return refund
         try:
             # Read before the gateway is asked: after that, the caller is told 202 even if the database is away.
             view = await self.payments.by_id(begin.payment_id)
-            return refund, await self._ask_gateway(refund, place), view
-        except Exception as error:
-            await self.settling.give_up(refund, error)
-            raise
+            return refund, (await self._ask_gateway(refund, place), view)
+        except Exception as error:  # whatever it is, nothing was sent
+            return refund, error
 
     async def _answer_without_gateway(self, begin: RefundBegin, error: Unavailable) -> Answer | None:
         """The answer of a key that was used before; raises what stands in the way, and `error` where the gateway is

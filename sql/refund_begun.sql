@@ -1,6 +1,6 @@
 -- Finds the refunds that were committed although their connection was lost, in the shape of refund_begin.
 SELECT r.n, p.payment_id, p.order_id, f.begin_id, f.refund_id, f.amount, p.currency,
-       p.transaction_id, p.attempt, p.payment_method, p.captured_at, k.id AS key_id
+       p.transaction_id, p.attempt, p.payment_method, p.captured_at, p.authorization_code, k.id AS key_id
 FROM unnest(
     %(n)s::bigint[], %(payment_id)s::bigint[], %(begin_id)s::text[],
     %(idempotency_key)s::text[], %(caller)s::text[]

@@ -241,9 +241,10 @@ class Storm:
         chance = random.Random(f"{self.seed} replica {replica.number}")
         while not self._is_over.is_set() and (point := self._next_point(chance)) is not None:
             offset = chance.uniform(-1, 1) * CLOCK_OFFSET_SECONDS_MAX
-            on = chance.randint(1, 10) if point in OFTEN else 1
+            on = chance.randint(1, 10 if self._points is None else 3) if point in OFTEN else 1
             await replica.start(**{DIE_AT: point, DIE_ON: str(on), CLOCK_OFFSET: f"{offset:.0f}"})
-            code = await replica.died(within_seconds=chance.uniform(*LIFE_SECONDS))
+            seconds = chance.uniform(*LIFE_SECONDS) if self._points is None else LIFE_SECONDS[1]
+            code = await replica.died(within_seconds=seconds)
             if code == -signal.SIGKILL:
                 self.figures.deaths[point] += 1
             elif code is None:
