@@ -227,7 +227,11 @@ class Recovery:
 
     async def overdue(self) -> list[Look]:
         """What has been unknown for longer than it should be."""
-        return [look for look in await self.open() if look.age_seconds > self.schedule.alert]
+        return self.overdue_of(await self.open())
+
+    def overdue_of(self, looks: Sequence[Look]) -> list[Look]:
+        """Those of them that are older than they should be."""
+        return [look for look in looks if look.age_seconds > self.schedule.alert]
 
     async def _alert(self) -> None:
         overdue = await self.overdue()

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route, request_response
 from starlette.types import Receive, Scope, Send
 
-from server import gateway_events, health, payments
+from server import gateway_events, health, metrics, payments
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -44,6 +44,7 @@ TABLE: dict[str, dict[str, Handler]] = {
     "/health/live": {"GET": health.health},
     "/health/startup": {"GET": health.health},
     "/health/ready": {"GET": health.ready},
+    "/metrics": {"GET": metrics.metrics},
 }
 """Order matters where a path fits two patterns: the first one has it."""
 
