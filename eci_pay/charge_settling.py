@@ -50,8 +50,7 @@ class ChargeSettling:
             settlement = self._settlement(attempt, outcome)
             answer = await self.phases.book(lambda: self._book(attempt, settlement))
         if answer is None:
-            await self.phases.mark_unknown(attempt.key_id)
-            return answers.unknown(attempt.view)
+            return await self.phases.mark_unknown(attempt.key_id) or answers.unknown(attempt.view)
         return answer
 
     async def is_open(self, payment_id: int, attempt: int) -> bool:

@@ -71,11 +71,14 @@ class Phases:
         answer = stored.get(finish.key_id)
         return answer and replace(answer, replayed=True)
 
-    async def mark_unknown(self, key_id: int | None) -> None:
-        """Lets replays of the key answer 202. If that fails, they answer "in flight", which is no less true."""
+    async def mark_unknown(self, key_id: int | None) -> Answer | None:
+        """Lets replays of the key answer 202; if that fails, they answer "in flight", which is no less true. Returns
+        the key's answer where somebody has found the outcome out meanwhile."""
         if key_id is None:
-            return
+            return None
         try:
             await idempotency.mark_unknown(self.database, key_id)
+            return await idempotency.read_answer(self.database, key_id)
         except Exception:  # the gateway was asked: the caller is told 202 whatever happens here
             _log.exception("idempotency key %d stays in flight", key_id)
+            return None

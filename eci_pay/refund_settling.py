@@ -38,8 +38,7 @@ class RefundSettling:
             settlement = _settlement(refund, outcome, self.clock(), self._messages_of(refund, outcome, view))
             answer = await self.phases.book(lambda: self._book(settlement))
         if answer is None:
-            await self.phases.mark_unknown(refund["key_id"])
-            return answers.unknown(view)
+            return await self.phases.mark_unknown(refund["key_id"]) or answers.unknown(view)
         return answer
 
     async def open_refund(self, refund_id: int) -> Row | None:

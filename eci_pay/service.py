@@ -141,7 +141,7 @@ async def payment_service(
                 recovery=recovery,
                 clock=clock,
             ),
-            status_changes=StatusChanges(database=database, messages=messages, clock=clock),
+            status_changes=StatusChanges(database=database, messages=messages, recovery=recovery, clock=clock),
             payments=payments,
             keys=KeyExpiry(database, clock),
             messages=messages,

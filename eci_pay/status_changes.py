@@ -10,16 +10,19 @@ from eci_pay.errors import InvalidState, PaymentNotFound
 from eci_pay.lifecycle import CANCELLABLE, PaymentStatus, statuses_before_update
 from eci_pay.messages import Messages, Subject, message_arrays
 from eci_pay.payments import views_of
+from eci_pay.recovery import Recovery
 from eci_pay.requests import StatusUpdateRequest
 from eci_pay.views import PaymentView
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusChanges:
-    """Raises PaymentNotFound, InvalidState and Unavailable. None is the id of no payment."""
+    """Raises PaymentNotFound, InvalidState and Unavailable. None is the id of no payment. An unknown outcome that
+    stands in the way is looked up first."""
 
     database: Database
     messages: Messages
+    recovery: Recovery
     clock: Callable[[], datetime]
 
     async def update(self, *, payment_id: int | None, request: StatusUpdateRequest) -> PaymentView:
@@ -59,11 +62,14 @@ class StatusChanges:
         at = self.clock()
         origin = current_origin()
 
-        async def work(connection: Connection) -> PaymentView:
+        async def work(connection: Connection) -> PaymentView | None:
+            """The changed payment; None where it is PROCESSING."""
             rows = await fetch(connection, "payment_lock", {"payment_id": payment_id})
             if not rows:
                 raise PaymentNotFound(f"there is no payment {payment_id}")
             before = rows[0]["status"]
+            if before == PaymentStatus.PROCESSING:
+                return None
             if before not in allowed_from:
                 raise InvalidState(f"a {before} payment cannot become {status}", payment_id=payment_id)
             messages = self.messages.of_change(status, Subject.of_row(rows[0]))
@@ -84,4 +90,9 @@ class StatusChanges:
             )
             return (await views_of(connection, [payment_id]))[payment_id]
 
-        return await self.database.transaction(work)
+        changed = await self.database.transaction(work)
+        if changed is None and await self.recovery.settle_first({payment_id}):
+            changed = await self.database.transaction(work)
+        if changed is None:
+            raise InvalidState(f"a PROCESSING payment cannot become {status}", payment_id=payment_id)
+        return changed

@@ -734,6 +734,56 @@ async def test_an_operation_looks_up_an_unknown_outcome_in_its_way_once_that_is_
     assert await books.rows(FAULTS_IN_BOOKS, 1) == []
 
 
+@pytest.mark.parametrize("is_declined", [False, True])
+async def test_a_cancellation_looks_up_an_unknown_outcome_first(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger, is_declined: bool
+) -> None:
+    ledger.loses_answers = True
+    ledger.verdict = DECLINED if is_declined else None
+    payment_id = (await charged(recovering)).payment_id
+    with pytest.raises(InvalidState, match="PROCESSING"):
+        await recovering.status_changes.cancel(payment_id=payment_id)
+    clock.advance(seconds=10)
+    if is_declined:
+        assert (await recovering.status_changes.cancel(payment_id=payment_id)).status == "CANCELLED"
+    else:
+        with pytest.raises(InvalidState, match="COMPLETED"):
+            await recovering.status_changes.cancel(payment_id=payment_id)
+    assert await books.rows(FAULTS_IN_BOOKS, 1) == []
+
+
+@pytest.mark.parametrize("operation", ["charge", "refund"])
+async def test_a_request_without_an_answer_tells_the_outcome_that_recovery_has_found_out_meanwhile(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger, operation: str
+) -> None:
+    payment_id = (await charged(recovering, order_id=2)).payment_id
+    ledger.sent.clear()
+    ledger.may_act.clear()
+    ledger.loses_answers = True
+    asked = charged(recovering) if operation == "charge" else refunded(recovering, payment_id, key="r")
+    asking = asyncio.create_task(asked)
+    await ledger.sent.wait()
+    ledger.act((ledger.refunds or ledger.charges)[-1].key)
+    [look] = await aged(recovering, clock)
+    assert look.state == "DONE"
+    ledger.may_act.set()
+    answer = await asking
+    assert answer.status_code == (201 if operation == "charge" else 200)
+    replay = await (charged(recovering) if operation == "charge" else refunded(recovering, payment_id, key="r"))
+    assert (replay.body, replay.replayed) == (answer.body, True)
+
+
+async def test_what_a_replica_with_a_clock_ahead_has_begun_is_recovered_without_waiting_for_ours(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
+) -> None:
+    ledger.loses_answers = True
+    clock.advance(hours=3)
+    await charged(recovering)
+    clock.advance(hours=-3)
+    [look] = await recovering.recovery.run_once()
+    assert (look.state, await status_of(books)) == ("DONE", "COMPLETED")
+
+
 async def test_another_key_pays_the_order_once_the_grace_period_of_an_unheard_of_charge_has_passed(
     recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
 ) -> None:

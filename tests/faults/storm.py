@@ -217,11 +217,14 @@ class Storm:
             )
         )
         await stack.enter_async_context(self._peers.running())
+        peer_ports = {destination: int(url.rsplit(":", 1)[1]) for destination, url in self._peers.urls.items()}
+        to_peers = {destination: await self._proxy(stack, port) for destination, port in peer_ports.items()}
+        self._to_peers = list(to_peers.values())
         self._to_database = await self._proxy(stack, self._cluster.port)
         self._to_gateway = await self._proxy(stack, self._gateway.port)
         environment = {
             **SETTINGS,
-            **self._peers.environment(),
+            **{f"{name.upper()}_SERVICE_URL": f"http://{HOST}:{proxy.port}" for name, proxy in to_peers.items()},
             "DATABASE_URL": self._cluster.url.replace(f":{self._cluster.port}", f":{self._to_database.port}"),
             "ECI_PAY_STRIPE_API_BASE": f"http://{HOST}:{self._to_gateway.port}",
         }
@@ -271,6 +274,8 @@ class Storm:
             "gateway stalls": self._stall(self._to_gateway),
             "gateway refuses": self._refuse(self._to_gateway),
             "gateway killed": self._kill_gateway,
+            "peer cut": self._cut(self._chance.choice(self._to_peers)),
+            "peer slow": self._slow(self._chance.choice(self._to_peers)),
             "gateway late": self._late_gateway,
             "peer down": self._fail_peer,
             "peer hangs": self._hang_peer,
@@ -380,7 +385,7 @@ class Storm:
                 figures.recovered[str(row["last_result"]).split(":")[0]] += row["number"]
         figures.operations = history.operations
         figures.statuses = history.statuses
-        figures.cuts = self._to_database.cuts + self._to_gateway.cuts
+        figures.cuts = sum(proxy.cuts for proxy in (self._to_database, self._to_gateway, *self._to_peers))
         figures.gateway_faults.update(ledger.faults)
         figures.charged = sum(charge.took_money for charge in ledger.charges)
         figures.refunded = len(ledger.refunds)
