@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 import psycopg
 import pytest
 
-from tests.support import Books, CommandLine, RecordingGateway, charge_fields, until
+from tests.support import Books, CommandLine, ManualClock, RecordingGateway, charge_fields, until
 
 TIMEOUT_SECONDS = 15
 SLOW_SECONDS = 1.5
@@ -206,8 +207,13 @@ async def test_every_log_line_is_json_and_a_request_has_its_id(command_line: Com
 
 
 async def test_a_server_killed_while_it_charges_loses_nothing_and_is_not_charged_again(
-    slow_command_line: CommandLine, books: Books, api: httpx.AsyncClient, gateway: RecordingGateway
+    slow_command_line: CommandLine,
+    books: Books,
+    api: httpx.AsyncClient,
+    gateway: RecordingGateway,
+    clock: ManualClock,
 ) -> None:
+    clock.now = datetime.now(UTC)
     async with serving(slow_command_line) as server, server.client() as client:
         charging = asyncio.create_task(charge(client, amount=SLOW_AMOUNT))
         await begun(books)

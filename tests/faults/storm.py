@@ -43,7 +43,7 @@ PAUSE_SECONDS = (0.1, 0.8)
 DISTURBANCE_SECONDS = (0.05, 1.0)
 SETTLE_SECONDS_MAX = 90.0
 UNAVAILABLE = 5
-"""How a replica ends that finds no database when it starts."""
+"""How a replica ends that finds no database when it starts; it is started again."""
 CLOCK_OFFSET_SECONDS_MAX = 11 * 3600
 """Two replicas may be twice that apart, less than the lifetime of an idempotency key."""
 WEBHOOK_SECRET = "whsec_storm"
@@ -245,9 +245,12 @@ class Storm:
         while not self._is_over.is_set() and (point := self._next_point(chance)) is not None:
             offset = chance.uniform(-1, 1) * CLOCK_OFFSET_SECONDS_MAX
             on = chance.randint(1, 10 if self._points is None else 3) if point in OFTEN else 1
-            await replica.start(**{DIE_AT: point, DIE_ON: str(on), CLOCK_OFFSET: f"{offset:.0f}"})
+            environment = {DIE_AT: point, DIE_ON: str(on), CLOCK_OFFSET: f"{offset:.0f}"}
             seconds = chance.uniform(*LIFE_SECONDS) if self._points is None else LIFE_SECONDS[1]
-            code = await replica.died(within_seconds=seconds)
+            code: int | None = UNAVAILABLE
+            while code == UNAVAILABLE and not self._is_over.is_set():
+                await replica.start(**environment)
+                code = await replica.died(within_seconds=seconds)
             if code == -signal.SIGKILL:
                 self.figures.deaths[point] += 1
             elif code is None:
