@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from eci_pay.errors import Unavailable
-from eci_pay.recovery import State
+from eci_pay.looks import State
 from eci_pay.service import PaymentService
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

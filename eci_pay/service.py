@@ -16,12 +16,13 @@ from eci_pay.gateway_events import GatewayEvents
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.configured import configured_gateway
 from eci_pay.idempotency import KeyExpiry
+from eci_pay.looks import Looks, Schedule
 from eci_pay.messages import Destination, Messages, service_urls
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
 from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
-from eci_pay.recovery import Recovery, Schedule
+from eci_pay.recovery import Recovery
 from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
@@ -112,13 +113,12 @@ async def payment_service(
     refund_settling = RefundSettling(
         database=database, payments=payments, phases=phases, messages=messages, clock=clock
     )
+    schedule = Schedule.of(settings)
     recovery = Recovery(
         database=database,
-        gateway=calls,
-        charges=charge_settling,
-        refunds=refund_settling,
+        looks=Looks(gateway=calls, charges=charge_settling, refunds=refund_settling, schedule=schedule),
         clock=clock,
-        schedule=Schedule.of(settings),
+        schedule=schedule,
     )
     await database.open()
     try:

@@ -23,7 +23,8 @@ from eci_pay.gateways import (
     Outcome,
     Unknown,
 )
-from eci_pay.recovery import NEVER_HAPPENED, Look
+from eci_pay.looks import NEVER_HAPPENED
+from eci_pay.recovery import Look
 from eci_pay.refund_records import begin_refunds
 from eci_pay.requests import StatusUpdateRequest, parse_request
 from eci_pay.service import PaymentService
@@ -478,7 +479,7 @@ async def test_a_recovery_that_crashed_after_booking_that_a_charge_never_happene
     ledger.loses_requests = True
     payment_id = (await charged(recovering)).payment_id
     await aged(recovering, clock)
-    assert await recovering.recovery.charges.settle_open(payment_id, 1, NEVER_HAPPENED)  # and here it crashes
+    assert await recovering.recovery.looks.charges.settle_open(payment_id, 1, NEVER_HAPPENED)  # and here it crashes
     await travel(books)
     await recovering.recovery.run_once()
     ledger.loses_requests = False
@@ -624,7 +625,7 @@ async def test_a_recovery_that_crashed_after_booking_a_late_refund_again_still_c
     await never_happened(recovering, books, clock)
     ledger.act(ledger.refunds[0].key)
     await books.rows("UPDATE recoveries SET state = 'LATE'")
-    assert await recovering.recovery.refunds.reopen(await books.value("SELECT refund_id FROM refunds"))
+    assert await recovering.recovery.looks.refunds.reopen(await books.value("SELECT refund_id FROM refunds"))
     for _ in range(2):  # and there it crashed
         await travel(books)
         await recovering.recovery.run_once()

@@ -154,7 +154,7 @@ class Customers:
         if not any(told.status == 201 for told in charge.told):
             if chance.random() < 0.5:
                 await self._insist(session, chance, self._charge(chance, order_id, 3))
-            elif charge.payment_id is not None and chance.random() < 0.3:
+            elif charge.payment_id is not None and chance.random() < 0.6:
                 await self._try(session, chance, self._cancel(order_id, charge.payment_id))
             return
         if chance.random() < 0.5:
