@@ -26,11 +26,18 @@ def register(app: typer.Typer) -> None:
 def recover(
     once: Annotated[bool, typer.Option("--once", help="Look at what is due, and end.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what has no outcome.")] = False,
+    close: Annotated[
+        int | None,
+        typer.Option("--close", metavar="RECOVERY", help="End a LATE one that you have put right by hand.", min=1),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask the gateway what became of payments and refunds whose outcome is unknown, and settle them, until SIGTERM."""
-    if once and dry_run:
-        raise errors.InvalidRequest("--once and --dry-run exclude each other")
+    if once + dry_run + (close is not None) > 1:
+        raise errors.InvalidRequest("--once, --dry-run and --close exclude each other")
+    if close is not None:
+        _close(close)
+        return
     if not (once or dry_run):
         run(_recover(settings_of_server()))
         return
@@ -44,6 +51,15 @@ def recover(
     if overdue:
         output.note(f"{len(overdue)} outcomes have been unknown for too long")
         raise typer.Exit(EXIT_OVERDUE)
+
+
+def _close(recovery_id: int) -> None:
+    if not run_use_case(lambda service: service.recovery.close(recovery_id)):
+        raise errors.RecoveryNotFound(f"no recovery {recovery_id} waits for being put right by hand")
+    if output.Mode.json:
+        output.print_json({"closed": recovery_id})
+    else:
+        output.note(f"recovery {recovery_id} is closed")
 
 
 async def _recover(settings: "Settings") -> None:
@@ -63,6 +79,7 @@ def _print_looks(looks: "list[Look]") -> None:
         return
     rows = [
         (
+            str(look.recovery_id or ""),
             str(look.payment_id),
             str(look.refund_id or ""),
             look.state.value,
@@ -72,6 +89,6 @@ def _print_looks(looks: "list[Look]") -> None:
         )
         for look in looks
     ]
-    headings = ("Payment", "Refund", "State", "Looks", "Unknown for", "Result")
+    headings = ("Recovery", "Payment", "Refund", "State", "Looks", "Unknown for", "Result")
     output.console().print(output.table(headings, rows))
     output.note(f"{len(looks)} outcomes")

@@ -74,8 +74,11 @@ class ChargeSettling:
         rows = await self.database.read("charge_open", params)
         if not rows:
             return None
+        view = await self.payments.by_id(payment_id)
+        if (view.attempt, view.status) != (attempt, PaymentStatus.PROCESSING):
+            return None  # settled between the two reads, and perhaps begun anew
         return Attempt(
-            view=await self.payments.by_id(payment_id),
+            view=view,
             settle_log_id=rows[0]["settle_log_id"],
             key_id=rows[0]["key_id"],
         )
@@ -87,27 +90,15 @@ class ChargeSettling:
         if applied:
             return settlement.answer
         if settlement.authorization_code is not None:
-            await self.note_if_late(attempt.view, settlement.authorization_code)
+            await self.note_if_late(attempt.view.payment_id, attempt.view.attempt, settlement.authorization_code)
         return await self._settled_by_another(attempt)
 
-    async def note_if_late(self, view: PaymentView, reference: str) -> None:
+    async def note_if_late(self, payment_id: int, attempt: int, reference: str) -> None:
         """The gateway took the money of this attempt: unless that is what was booked, recovery will give it back."""
-        noted = await self.database.fetch(
-            "recovery_late",
-            {
-                "payment_id": view.payment_id,
-                "attempt": view.attempt,
-                "amount": view.amount,
-                "currency": view.currency,
-                "payment_method": view.payment_method.value,
-                "late_reference": reference,
-            },
-        )
-        if noted:
+        params = {"payment_id": payment_id, "attempt": attempt, "late_reference": reference}
+        if await self.database.fetch("recovery_late", params):
             _log.error(
-                "payment %d, attempt %d: the gateway took money that had been booked as not taken",
-                view.payment_id,
-                view.attempt,
+                "payment %d, attempt %d: the gateway took money that had been booked as not taken", payment_id, attempt
             )
 
     async def _settled_by_another(self, attempt: Attempt) -> Answer:
@@ -115,11 +106,15 @@ class ChargeSettling:
         stored = attempt.key_id and await idempotency.read_answer(self.database, attempt.key_id)
         return stored or answers.unknown(await self.payments.by_id(attempt.view.payment_id))
 
-    async def give_up(self, attempt: Attempt, error: Exception) -> None:
-        """Books an attempt that was never sent as FAILED, and frees its key for the caller's next try."""
+    async def give_up(self, attempt: Attempt, error: Exception) -> Answer:
+        """Books an attempt that was never sent as FAILED, frees its key for the caller's next try, and raises the
+        error; returns the answer where somebody else has settled it."""
         declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
         settlement = self._settlement(attempt, declined, releases_key=True)
-        await self.phases.book(lambda: self._book(attempt, settlement))
+        answer = await self.phases.book(lambda: self._book(attempt, settlement))
+        if answer is None or answer is settlement.answer:
+            raise error
+        return answer
 
     def _settlement(
         self, attempt: Attempt, outcome: Approved | Declined, *, releases_key: bool = False

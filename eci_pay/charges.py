@@ -85,8 +85,7 @@ class Charges:
             return begun
         attempt, outcome = begun
         if isinstance(outcome, Exception):
-            await self.settling.give_up(attempt, outcome)
-            raise outcome
+            return await self.settling.give_up(attempt, outcome)
         return await self.settling.settle(attempt, outcome)
 
     async def _begin_and_ask(
@@ -101,10 +100,16 @@ class Charges:
         try:
             if attempt.view.attempt > 1:
                 # What was taken over has a history, which only a snapshot younger than begin shows whole.
-                attempt = replace(attempt, view=await self.payments.by_id(attempt.view.payment_id))
+                attempt = replace(attempt, view=await self._whole(attempt.view))
             return attempt, await self.gateway.charge(_gateway_charge(request, attempt.view), place)
         except Exception as error:  # whatever it is, nothing was sent
             return attempt, error
+
+    async def _whole(self, begun: PaymentView) -> PaymentView:
+        view = await self.payments.by_id(begun.payment_id)
+        if view.attempt != begun.attempt:
+            raise Unavailable("another charge of the order has overtaken this one; nothing was sent")
+        return view
 
     def _check(self, request: ChargeRequest) -> None:
         """Raises ValidationFailed for what the gateway can never charge."""
@@ -149,7 +154,7 @@ class Charges:
                 return row
             case Refused(row):
                 if not looked and await self.recovery.settle_first(_unsettled(row)):
-                    return await self._begun(begin, record, looked=True)
+                    return await self._begun(replace(begin, at=self.clock()), record, looked=True)
                 return await self._refusal(begin, row)
             case Exception():
                 raise result
@@ -190,6 +195,7 @@ def _gateway_charge(request: ChargeRequest, view: PaymentView | None = None) -> 
         amount=request.amount,
         currency=request.currency,
         payment_method=request.payment_method.value,
+        begun_at=view.updated_at if view else None,
         payment_token=token.get_secret_value() if token else None,
     )
 

@@ -10,7 +10,8 @@ PayError
 │   └── EventRefused
 ├── NotFound
 │   ├── PaymentNotFound
-│   └── MessageNotFound
+│   ├── MessageNotFound
+│   └── RecoveryNotFound
 ├── Conflict                        carries the `payment_id` it is about, where there is one
 │   ├── OrderInProgress
 │   ├── OrderAlreadyPaid
@@ -129,6 +130,12 @@ class MessageNotFound(NotFound):
     """There is no such message"""
 
     code = "message-not-found"
+
+
+class RecoveryNotFound(NotFound):
+    """There is no such recovery"""
+
+    code = "recovery-not-found"
 
 
 class Conflict(PayError):

@@ -30,6 +30,8 @@ from eci_pay.gateways import (
 )
 from eci_pay.settings import Settings
 
+LOOKS_AT_ONCE_MAX = 8
+"""How many requests of recovery one process has under way at the gateway, beside those that have a place."""
 REFERENCE_LENGTH_MAX = 50
 DECLINE_CODE_LENGTH_MAX = 50
 MESSAGE_LENGTH_MAX = 400
@@ -103,6 +105,7 @@ class GatewayCalls:
         self._limits = limits
         self._clock = clock
         self._places = asyncio.Semaphore(limits.places)
+        self._looks = asyncio.Semaphore(LOOKS_AT_ONCE_MAX)
         self._waiting = 0
         self._breaker = Breaker()
         self._probe: object | None = None
@@ -195,7 +198,7 @@ class GatewayCalls:
         except GatewayUnavailable as error:
             self._failed(key, str(error))
             raise Unavailable(f"the gateway cannot be reached; nothing was sent: {error}") from error
-        if isinstance(outcome, Unknown):
+        if isinstance(outcome, Unknown) and not outcome.answered:
             self._failed(key, outcome.message)
         else:
             self._succeeded()
@@ -212,10 +215,11 @@ class GatewayCalls:
             _log.error("the gateway is out of order: requests are refused before they begin: %s", why)
 
     async def _unhurried(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:
-        try:
-            return await self._answer(ask)
-        except GatewayUnavailable as error:
-            return Unknown(message=f"The gateway cannot be reached: {error}")
+        async with self._looks:
+            try:
+                return await self._answer(ask)
+            except GatewayUnavailable as error:
+                return Unknown(message=f"The gateway cannot be reached: {error}"[:MESSAGE_LENGTH_MAX])
 
     async def _answer(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:
         """Passes on GatewayUnavailable alone."""
@@ -247,7 +251,9 @@ def _fitted(outcome: Told) -> Told:
             return replace(
                 outcome, code=_text(code, DECLINE_CODE_LENGTH_MAX), message=_text(message, MESSAGE_LENGTH_MAX)
             )
-        case Unknown() | NotFound():
+        case Unknown(message=message):
+            return replace(outcome, message=_text(message, MESSAGE_LENGTH_MAX))
+        case NotFound():
             return outcome
         case _:
             assert_never(outcome)

@@ -60,10 +60,8 @@ class GatewayEvents:
     async def _book_charge(self, event: GatewayEvent, payment: PaymentView, attempt: int) -> None:
         if not await self.charges.settle_open(payment.payment_id, attempt, event.outcome):
             raise Unavailable("the event could not be booked")
-        if not isinstance(event.outcome, Approved) or await self._told_late(event, payment, attempt=attempt):
-            return
-        if payment.attempt == attempt:
-            await self.charges.note_if_late(payment, event.outcome.reference)
+        if isinstance(event.outcome, Approved):
+            await self.charges.note_if_late(payment.payment_id, attempt, event.outcome.reference)
 
     async def _book_refund(self, event: GatewayEvent, payment: PaymentView, refund_id: int) -> None:
         if refund_id not in {refund.refund_id for refund in payment.refunds}:
@@ -71,27 +69,10 @@ class GatewayEvents:
             return
         if not await self.refunds.settle_open(refund_id, event.outcome):
             raise Unavailable("the event could not be booked")
+        if isinstance(event.outcome, Approved):
+            await self.refunds.note_if_late(payment.payment_id, refund_id, event.outcome.reference)
+            return
         view = await self.payments.by_id(payment.payment_id)
         booked = next(refund for refund in view.refunds if refund.refund_id == refund_id)
-        approved = isinstance(event.outcome, Approved)
-        if approved is (booked.status is RefundStatus.COMPLETED):
-            return
-        if not approved or not await self._told_late(event, payment, refund_id=refund_id):
-            told = "made" if approved else "not made"
-            _log.error("an event tells that %s was %s, and it is booked as %s: by hand", event.key, told, booked.status)
-
-    async def _told_late(
-        self, event: GatewayEvent, payment: PaymentView, *, attempt: int | None = None, refund_id: int | None = None
-    ) -> bool:
-        """Lets recovery put right what it has booked as never happened."""
-        assert isinstance(event.outcome, Approved)
-        params = {
-            "payment_id": payment.payment_id,
-            "attempt": attempt,
-            "refund_id": refund_id,
-            "late_reference": event.outcome.reference,
-        }
-        noted = await self.database.fetch("recovery_told", params)
-        if noted:
-            _log.error("an event tells that %s was approved, which is booked as never happened", event.key)
-        return bool(noted)
+        if booked.status is RefundStatus.COMPLETED:
+            _log.error("an event tells that %s failed after it was made: to be put right by hand", event.key)

@@ -7,6 +7,7 @@ more. Money that turns up later nevertheless is given back, a refund that does i
 
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import assert_never
@@ -52,6 +53,7 @@ class Leased:
     amount: Decimal
     currency: str
     payment_method: str
+    begun_at: datetime
     state: State
     looks: int
     lease_id: uuid.UUID
@@ -66,7 +68,11 @@ class Leased:
         of_charge = charge_key(self.transaction_id, self.attempt)
         if self.refund_id is None:
             return GatewayCharge(
-                key=of_charge, amount=self.amount, currency=self.currency, payment_method=self.payment_method
+                key=of_charge,
+                amount=self.amount,
+                currency=self.currency,
+                payment_method=self.payment_method,
+                begun_at=self.begun_at,
             )
         return GatewayRefund(
             key=refund_key(self.transaction_id, self.refund_id),
@@ -230,7 +236,7 @@ class Looks:
         if leased.refund_id is not None:
             if await self.refunds.reopen(leased.refund_id):
                 return Step(State.OPEN, "approved after all, booked again", delay_seconds=0.0)
-            return Step(State.LATE, "approved after all, but that much of the payment is not left: by hand")
+            return Step(State.LATE, "made late, but that much of the payment is not left: by hand, then --close")
         return await self._give_back(leased)
 
     async def _give_back(self, leased: Leased) -> Step:
@@ -243,12 +249,14 @@ class Looks:
             currency=leased.currency,
             payment_method=leased.payment_method,
         )
-        outcome = await self.gateway.give_back(refund)
+        outcome = await self.gateway.look_up(refund)
+        if isinstance(outcome, NotFound):
+            outcome = await self.gateway.give_back(refund)
         match outcome:
             case Approved(reference=reference):
                 return Step(State.DONE, f"taken late, given back: {reference}")
             case Declined(code=code):
-                return Step(State.LATE, f"taken late, and not given back: {code}: by hand")
+                return Step(State.LATE, f"taken late, and not given back: {code}: by hand, then --close")
             case Unknown(message=message):
                 return Step(State.LATE, f"taken late, not known to be given back: {message}")
             case _:

@@ -11,7 +11,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from eci_pay.errors import Unavailable
-from eci_pay.looks import State
 from eci_pay.service import PaymentService
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -45,23 +44,22 @@ def _refused_events(service: PaymentService) -> Metric:
 
 
 async def _recovery(service: PaymentService) -> list[Metric]:
-    unsettled = await service.recovery.open()
-    overdue = service.recovery.overdue_of(unsettled)
-    by_state = GaugeMetricFamily(
+    summary = await service.recovery.summary()
+    unsettled = GaugeMetricFamily(
         "eci_pay_recovery_unsettled",
         "Charges and refunds whose outcome is to be found out or put right",
         labels=["state"],
     )
-    for state in (State.OPEN, State.LATE):
-        by_state.add_metric([state.value.lower()], sum(look.state is state for look in unsettled))
+    unsettled.add_metric(["open"], summary.open)
+    unsettled.add_metric(["late"], summary.late)
     return [
-        by_state,
+        unsettled,
         GaugeMetricFamily(
-            "eci_pay_recovery_overdue", "Those of them that are older than the alert limit", value=len(overdue)
+            "eci_pay_recovery_overdue", "Those of them that are older than the alert limit", value=summary.overdue
         ),
         GaugeMetricFamily(
             "eci_pay_recovery_oldest_seconds",
             "How long the oldest of them has been unknown",
-            value=max((look.age_seconds for look in unsettled), default=0.0),
+            value=summary.oldest_seconds,
         ),
     ]

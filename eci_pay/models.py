@@ -189,9 +189,11 @@ class Recovery(SQLModel, table=True):
     amount: Decimal = _money()
     currency: str = Field(max_length=3)
     payment_method: str = Field(max_length=20)
+    begun_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
     state: str = Field(default="OPEN", max_length=20, sa_column_kwargs={"server_default": "OPEN"})
     looks: int = Field(default=0, sa_column_kwargs={"server_default": text("0")})
     found_at: datetime = _instant()
+    looked_at: datetime | None = _instant_or_none()
     next_look_at: datetime = _instant()
     lease_id: UUID | None = None
     last_result: str | None = Field(default=None, max_length=500)

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from psycopg.types.numeric import Int8
@@ -20,11 +20,14 @@ from psycopg.types.numeric import Int8
 from eci_pay.context import bind_origin
 from eci_pay.database import Database, Row
 from eci_pay.errors import Unavailable
+from eci_pay.gateway_calls import LOOKS_AT_ONCE_MAX
 from eci_pay.looks import Leased, Looks, Schedule, State, Step
 
 FIND_COUNT_MAX = 500
-LOOKS_AT_ONCE_MAX = 8
-"""How many lookups of one process are under way at the gateway."""
+LOOKS_APART_SECONDS = 2.0
+"""How long after a look a request may ask for another."""
+REQUEST_WAITS_SECONDS_MAX = 2.0
+"""How long a request waits for a look that it asks for."""
 OPEN_SHOWN_MAX = 1000
 CLOCK_TOLERANCE = timedelta(minutes=1)
 """How far ahead of ours another process's clock may be before what it began is found without waiting."""
@@ -48,6 +51,16 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """How much is not settled: without an outcome, to be put right, and of both, older than it should be."""
+
+    open: int
+    late: int
+    overdue: int
+    oldest_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
     """Every method raises Unavailable where the database cannot be reached."""
 
@@ -55,16 +68,25 @@ class Recovery:
     looks: Looks
     clock: Callable[[], datetime]
     schedule: Schedule
+    _looking: set[asyncio.Task[list[Look]]] = field(default_factory=set)
 
-    async def find(self, *, after_seconds: float | None = None) -> None:
-        """Schedules a first look at what has been PROCESSING for so long."""
-        await self.database.fetch("recovery_find", {**self._begun(after_seconds), "count_max": FIND_COUNT_MAX})
+    async def find(self, payment_ids: set[int] | None = None) -> int:
+        """Schedules a first look at what has been PROCESSING for a while, of these payments or of all; how many."""
+        params = {
+            **self._begun(),
+            "payment_ids": None if payment_ids is None else [Int8(payment_id) for payment_id in payment_ids],
+            "count_max": FIND_COUNT_MAX,
+        }
+        return len(await self.database.fetch("recovery_find", params))
 
-    def _begun(self, seconds_ago: float | None = None) -> dict[str, datetime]:
-        """When that was begun, or else by a process whose clock is ahead of ours."""
+    def _begun(self) -> dict[str, datetime]:
+        """When what is looked at was begun, or else by a process whose clock is ahead of ours."""
         now = self.clock()
-        seconds_ago = self.schedule.first if seconds_ago is None else seconds_ago
-        return {"before": now - timedelta(seconds=seconds_ago), "future": now + CLOCK_TOLERANCE}
+        return {
+            "now": now,
+            "before": now - timedelta(seconds=self.schedule.first),
+            "future": now + CLOCK_TOLERANCE,
+        }
 
     async def look_at_due(self) -> list[Look]:
         """Looks at a few that are due."""
@@ -72,7 +94,8 @@ class Recovery:
 
     async def run_once(self) -> list[Look]:
         """Looks at all that is due now."""
-        await self.find()
+        while await self.find() >= FIND_COUNT_MAX:
+            pass
         looks: list[Look] = []
         while batch := await self.look_at_due():
             looks += batch
@@ -81,14 +104,24 @@ class Recovery:
     async def settle_first(self, payment_ids: set[int]) -> bool:
         """Looks at what is open of payments that stand in a request's way, due or not; whether anything was settled.
 
-        What began only just now, and what somebody else is looking at, is left alone.
+        What began or was looked at only just now, and what somebody else is looking at, is left alone. A look that
+        takes long goes on without the request.
         """
-        if not payment_ids:
+        if not payment_ids or len(self._looking) >= LOOKS_AT_ONCE_MAX:
             return False
-        await self.find()
+        await self.find(payment_ids)
         open_ids = [row["recovery_id"] for payment_id in payment_ids for row in await self._open(payment_id)]
-        looks = await self._look_at(open_ids) if open_ids else []
-        return any(look.state is not State.OPEN for look in looks)
+        if not open_ids:
+            return False
+        looking = asyncio.create_task(self._look_at(open_ids))
+        self._looking.add(looking)
+        looking.add_done_callback(self._looking.discard)
+        await asyncio.wait({looking}, timeout=REQUEST_WAITS_SECONDS_MAX)
+        return looking.done() and any(look.state is not State.OPEN for look in looking.result())
+
+    async def drain(self) -> None:
+        """Waits for the looks that go on without their requests."""
+        await asyncio.gather(*self._looking, return_exceptions=True)
 
     async def run_until(self, stopped: asyncio.Event, *, interval_seconds: float) -> None:
         """Looks at what is due, again and again, until it is stopped; tells of what has been open for too long."""
@@ -112,28 +145,32 @@ class Recovery:
 
     async def overdue(self) -> list[Look]:
         """What has been unknown for longer than it should be."""
-        return self.overdue_of(await self.open())
+        return [look for look in await self.open() if look.age_seconds > self.schedule.alert]
 
-    def overdue_of(self, looks: Sequence[Look]) -> list[Look]:
-        """Those of them that are older than they should be."""
-        return [look for look in looks if look.age_seconds > self.schedule.alert]
+    async def summary(self) -> Summary:
+        """How much is not settled."""
+        (row,) = await self.database.read("recovery_summary", {**self._begun(), "alert_seconds": self.schedule.alert})
+        return Summary(**row)
+
+    async def close(self, recovery_id: int) -> bool:
+        """Ends what an operator has put right by hand; False where nothing waits for that."""
+        params = {"recovery_id": recovery_id, "result": "put right by hand"}
+        return bool(await self.database.fetch("recovery_close", params))
 
     async def _alert(self) -> None:
-        overdue = await self.overdue()
-        if overdue:
+        summary = await self.summary()
+        if summary.overdue:
             _log.error(
-                "%d outcomes have been unknown for more than %.0f s; the oldest, of payment %d, for %.0f s: %s",
-                len(overdue),
+                "%d outcomes have been unknown for more than %.0f s, the oldest for %.0f s: eci-pay recover --dry-run",
+                summary.overdue,
                 self.schedule.alert,
-                overdue[0].payment_id,
-                overdue[0].age_seconds,
-                overdue[0].result,
+                summary.oldest_seconds,
             )
 
     async def open(self) -> list[Look]:
         """What is not settled: what is looked at, the oldest first, then what has no look scheduled yet; of each at
         most `OPEN_SHOWN_MAX`."""
-        unfound = {**self._begun(), "now": self.clock(), "count_max": OPEN_SHOWN_MAX}
+        unfound = {**self._begun(), "count_max": OPEN_SHOWN_MAX}
         rows = await self._open(None) + await self.database.read("recovery_unfound", unfound)
         return [
             Look(
@@ -149,7 +186,7 @@ class Recovery:
         ]
 
     async def _open(self, payment_id: int | None) -> list[Row]:
-        params = {"payment_id": payment_id, "count_max": OPEN_SHOWN_MAX}
+        params = {"payment_id": payment_id, "now": self.clock(), "count_max": OPEN_SHOWN_MAX}
         return await self.database.read("recovery_open", params)
 
     async def _look_at(self, recovery_ids: Sequence[int] | None) -> list[Look]:
@@ -157,19 +194,26 @@ class Recovery:
             "recovery_ids": None if recovery_ids is None else [Int8(recovery_id) for recovery_id in recovery_ids],
             "count_max": LOOKS_AT_ONCE_MAX,
             "lease_seconds": self.schedule.lease,
+            "apart_seconds": LOOKS_APART_SECONDS,
             "lease_id": uuid.uuid4(),
         }
         rows = await self.database.fetch("recovery_claim", params)
         leased = [Leased(**{**row, "state": State(row["state"])}) for row in rows]
-        results = await asyncio.gather(*(self._look(each) for each in leased), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result  # when the others have ended
-        return [result for result in results if isinstance(result, Look)]
+        looks = await asyncio.gather(*(self._look(each, is_due=recovery_ids is None) for each in leased))
+        return [look for look in looks if look is not None]
 
-    async def _look(self, leased: Leased) -> Look:
-        """Looks, and schedules the next look."""
+    async def _look(self, leased: Leased, *, is_due: bool) -> Look | None:
+        """Looks, and schedules the next look; None where that failed: its lease ends, and somebody looks again."""
         bind_origin(None)
+        try:
+            return await self._look_and_mark(leased, is_due=is_due)
+        except Unavailable as error:
+            _log.warning("%s could not be looked at: %s", leased.name, error)
+        except Exception:  # whatever it is, it must not end the others
+            _log.exception("%s could not be looked at", leased.name)
+        return None
+
+    async def _look_and_mark(self, leased: Leased, *, is_due: bool) -> Look:
         step = await self.looks.look(leased)
         delay = self.schedule.distance(leased.looks) if step.delay_seconds is None else step.delay_seconds
         await self.database.fetch(
@@ -180,6 +224,7 @@ class Recovery:
                 "state": step.state.value,
                 "result": step.result,
                 "delay_seconds": float(delay),
+                "counts": int(is_due),
                 "late_reference": step.late_reference,
             },
         )
@@ -190,7 +235,7 @@ class Recovery:
             refund_id=leased.refund_id,
             state=step.state,
             result=step.result,
-            looks=leased.looks + 1,
+            looks=leased.looks + is_due,
             age_seconds=leased.age_seconds,
         )
 

@@ -1,5 +1,6 @@
 """Settling a refund: what the gateway said of it is booked, whoever found it out. As `charge_settling`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,10 @@ from eci_pay.views import PaymentView, RefundView
 
 NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
 """What comes of a refund of which no gateway need be asked."""
+GIVEN_UP = Answer(status_code=0, body="", payment_id=0)
+"""Stands for the answer that a refund has not that was never sent."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +76,19 @@ class RefundSettling:
         told = (await settle_refunds(self.database, [settlement]))[0]
         if isinstance(told, Exception):
             raise told
-        return told or await self._settled_by_another(settlement)
+        if told is not None:
+            return told
+        if settlement.gateway_reference is not None:
+            await self.note_if_late(settlement.payment_id, settlement.refund_id, settlement.gateway_reference)
+        return await self._settled_by_another(settlement)
+
+    async def note_if_late(self, payment_id: int, refund_id: int, reference: str) -> None:
+        """The gateway has made this refund: if it was booked as not made, recovery will book it again."""
+        params = {"refund_id": refund_id, "late_reference": reference}
+        if await self.database.fetch("recovery_late_refund", params):
+            _log.error(
+                "refund %d of payment %d: the gateway made it, though it was booked as not made", refund_id, payment_id
+            )
 
     async def _settled_by_another(self, settlement: RefundSettlement) -> Answer:
         """What was recorded for this refund, by an earlier try of ours or by somebody else."""
@@ -81,11 +98,21 @@ class RefundSettling:
         view = await self.payments.by_id(settlement.payment_id)
         return answer_of(view, next(refund for refund in view.refunds if refund.refund_id == settlement.refund_id))
 
-    async def give_up(self, refund: Row, error: Exception) -> None:
-        """Releases a refund that was never sent, and frees its key for the caller's next try."""
+    async def give_up(self, refund: Row, error: Exception) -> Answer:
+        """Releases a refund that was never sent, frees its key for the caller's next try, and raises the error; returns
+        the answer where somebody else has settled it."""
         declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
         settlement = _settlement(refund, declined, self.clock(), (), releases_key=True)
-        await self.phases.book(lambda: self._book(settlement))
+        answer = await self.phases.book(lambda: self._given_up(settlement))
+        if answer is None or answer is GIVEN_UP:
+            raise error
+        return answer
+
+    async def _given_up(self, settlement: RefundSettlement) -> Answer:
+        told = (await settle_refunds(self.database, [settlement]))[0]
+        if isinstance(told, Exception):
+            raise told
+        return GIVEN_UP if told is not None else await self._settled_by_another(settlement)
 
 
 def refund_key(transaction_id: str, refund_id: int) -> str:

@@ -6,7 +6,7 @@ was captured. A payment that no gateway captured is refunded without one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import assert_never
 
@@ -72,8 +72,7 @@ class Refunds:
             return begun
         refund, asked = begun
         if isinstance(asked, Exception):
-            await self.settling.give_up(refund, asked)
-            raise asked
+            return await self.settling.give_up(refund, asked)
         outcome, view = asked
         return await self.settling.settle(refund, outcome, view)
 
@@ -110,7 +109,7 @@ class Refunds:
                 return row
             case Refused(row):
                 if not looked and await self.recovery.settle_first(_unsettled(begin, row)):
-                    return await self._begin(begin, looked=True)
+                    return await self._begin(replace(begin, at=self.clock()), looked=True)
                 return await self._refusal(begin, row)
             case Exception():
                 raise result

@@ -159,5 +159,6 @@ async def payment_service(
         )
     finally:
         await phases.drain()
+        await recovery.drain()
         await calls.close()
         await database.close()

@@ -1,7 +1,8 @@
 -- Books what a look came to and ends its lease, if that is still held.
 UPDATE recoveries SET
     state = %(state)s::text,
-    looks = looks + 1,
+    looks = looks + %(counts)s::bigint,
+    looked_at = now(),
     next_look_at = now() + make_interval(secs => %(delay_seconds)s::double precision),
     lease_id = NULL,
     last_result = %(result)s::text,

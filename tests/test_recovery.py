@@ -4,8 +4,10 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,10 +26,11 @@ from eci_pay.gateways import (
     Unknown,
 )
 from eci_pay.looks import NEVER_HAPPENED
-from eci_pay.recovery import Look
+from eci_pay.recovery import FIND_COUNT_MAX, Look
 from eci_pay.refund_records import begin_refunds
 from eci_pay.requests import StatusUpdateRequest, parse_request
 from eci_pay.service import PaymentService
+from eci_pay.views import PaymentView
 from tests.peers import Peers
 from tests.rows import charge_begin, paid, refund_begin
 from tests.support import (
@@ -147,9 +150,12 @@ async def recovering(opened: Opener, peers: Peers, ledger: Ledger) -> AsyncItera
 
 async def travel(books: Books, **duration: float) -> None:
     """Lets time pass for what is looked at, ten minutes unless told; all of it is due, and every lease has ended."""
+    passed = timedelta(**(duration or {"minutes": 10}))
     await books.rows(
-        "UPDATE recoveries SET found_at = found_at - %s, next_look_at = now() WHERE state <> 'DONE'",
-        timedelta(**(duration or {"minutes": 10})),
+        "UPDATE recoveries SET found_at = found_at - %s, looked_at = looked_at - %s, next_look_at = now()"
+        " WHERE state <> 'DONE'",
+        passed,
+        passed,
     )
 
 
@@ -449,7 +455,8 @@ async def test_late_money_is_given_back_under_one_key_until_the_gateway_says_tha
     await travel(books)
     assert [look.state for look in await recovering.recovery.run_once()] == ["DONE"]
     key = f"{ledger.charges[0].key}-LATE"
-    assert (ledger.given_back(), [sent.key for sent in ledger.refunds]) == ([key], [key, key])
+    # What was given back without an answer is looked up before it would be given back once more.
+    assert (ledger.given_back(), [sent.key for sent in ledger.refunds]) == ([key], [key])
 
 
 async def test_a_charge_that_completed_while_the_gateways_not_found_was_on_its_way_keeps_its_money(
@@ -785,6 +792,134 @@ async def test_what_a_replica_with_a_clock_ahead_has_begun_is_recovered_without_
     assert (look.state, await status_of(books)) == ("DONE", "COMPLETED")
 
 
+async def test_a_declined_attempt_that_is_settled_late_is_not_booked_on_the_next_attempt(
+    opened: Opener, peers: Peers, books: Books, ledger: Ledger
+) -> None:
+    """Between its two reads, the first attempt is settled by its own request, and the second begins."""
+    async with opened(gateway=ledger, **peers.settings()) as service:
+        ledger.verdict = DECLINED
+        ledger.may_act.clear()
+        first = asyncio.create_task(charged(service))
+        await ledger.sent.wait()
+        settling = service.recovery.looks.charges
+        by_id = settling.payments.by_id
+        second: list[asyncio.Task[Answer]] = []
+
+        async def meanwhile(payment_id: int | None) -> PaymentView:
+            if not second:
+                ledger.may_act.set()
+                assert (await first).status_code == 402
+                ledger.verdict = None
+                ledger.may_act.clear()
+                ledger.sent.clear()
+                second.append(asyncio.create_task(charged(service, key="another")))
+                await ledger.sent.wait()
+            return await by_id(payment_id)
+
+        slow = replace(settling, payments=SimpleNamespace(by_id=meanwhile))  # type: ignore[arg-type]
+        payment_id = await books.value("SELECT payment_id FROM payments")
+        assert await slow.settle_open(payment_id, 1, DECLINED)
+        assert await status_of(books) == "PROCESSING"
+        ledger.may_act.set()
+        assert (await second[0]).status_code == 201
+    assert await status_of(books) == "COMPLETED"
+    assert await recoveries(books) == []
+    assert await books.rows(FAULTS_IN_BOOKS, 1) == []
+
+
+async def test_a_refund_that_is_approved_after_every_look_is_booked_again_and_told_of(
+    recovering: PaymentService,
+    books: Books,
+    clock: ManualClock,
+    ledger: Ledger,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    [payment_id] = await paid(recovering, 1)
+    ledger.sent.clear()
+    ledger.may_act.clear()
+    refunding = asyncio.create_task(refunded(recovering, payment_id, key="r"))
+    await ledger.sent.wait()
+    await never_happened(recovering, books, clock)
+    await travel(books)
+    assert [look.state for look in await recovering.recovery.run_once()] == ["DONE"]
+    assert await refund_statuses(books) == ["FAILED"]
+    ledger.may_act.set()
+    assert (await refunding).status_code == 402
+    assert "the gateway made it, though it was booked as not made" in caplog.text
+    await recovering.recovery.run_once()
+    assert await refund_statuses(books) == ["COMPLETED"]
+    assert await books.rows(FAULTS_IN_BOOKS, 1) == []
+
+
+async def test_what_an_operator_has_put_right_by_hand_is_closed(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger, command_line: CommandLine
+) -> None:
+    charging = await held(recovering, ledger)
+    await never_happened(recovering, books, clock)
+    ledger.may_act.set()
+    await charging
+    ledger.verdict = DECLINED
+    [look] = await recovering.recovery.run_once()
+    assert (look.state, "by hand" in look.result) == ("LATE", True)
+    unknown = await command_line.run("recover", "--close", "99")
+    assert (unknown.exit_code, "recovery-not-found" in unknown.stderr) == (4, True)
+    closed = await command_line.run("recover", "--close", str(look.recovery_id), "--json")
+    assert (closed.exit_code, closed.json) == (0, {"closed": look.recovery_id})
+    assert await recoveries(books) == [("DONE", "put right by hand")]
+
+
+async def test_polling_clients_neither_flood_the_gateway_nor_put_the_next_look_off(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
+) -> None:
+    ledger.loses_answers = True
+    ledger.lookup_answer = NOT_IN_TIME
+    await charged(recovering)
+    clock.advance(seconds=10)
+    for _ in range(20):
+        assert (await charged(recovering)).status_code == 202
+    assert len(ledger.looked) == 1
+    [row] = await books.rows("SELECT looks, next_look_at - now() < interval '10 seconds' AS soon FROM recoveries")
+    assert (row["looks"], row["soon"]) == (0, True)
+
+
+async def test_a_request_does_not_wait_long_for_a_gateway_that_hangs(
+    recovering: PaymentService, clock: ManualClock, ledger: Ledger
+) -> None:
+    ledger.loses_answers = True
+    await charged(recovering)
+    clock.advance(seconds=10)
+    ledger.may_answer_lookup.clear()
+    async with asyncio.timeout(10):
+        assert (await charged(recovering)).status_code == 202
+    ledger.may_answer_lookup.set()
+    await recovering.recovery.drain()
+    assert (await charged(recovering)).status_code == 201
+
+
+async def test_a_long_word_of_the_gateway_does_not_keep_the_next_look_from_being_scheduled(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
+) -> None:
+    ledger.loses_answers = True
+    ledger.lookup_answer = Unknown(message="no " * 500)
+    await charged(recovering)
+    [look] = await aged(recovering, clock)
+    assert look.state == "OPEN"
+    assert await books.value("SELECT next_look_at > now() AND lease_id IS NULL FROM recoveries")
+
+
+async def test_more_than_one_find_can_hold_are_all_looked_at_once(
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
+) -> None:
+    number = FIND_COUNT_MAX + 10
+    rows = [charge_begin(order_id) for order_id in range(1, number + 1)]
+    begun = await begin_charges(recovering.database, rows)
+    ledger.act(begun[-1].row["transaction_id"] + "-1")  # type: ignore[union-attr]
+    clock.advance(seconds=10)
+    assert (await charged(recovering, number)).status_code == 201  # the last is found when it is asked for
+    looks = await recovering.recovery.run_once()
+    assert len(looks) == number - 1
+
+
 async def test_another_key_pays_the_order_once_the_grace_period_of_an_unheard_of_charge_has_passed(
     recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
 ) -> None:
@@ -876,17 +1011,18 @@ async def test_many_replays_of_an_unknown_charge_look_it_up_once_and_none_is_tol
 # 8. Commands
 
 
-async def begun_an_hour_ago(service: PaymentService, clock: ManualClock, amount: str) -> None:
+async def begun_a_minute_ago(service: PaymentService, clock: ManualClock, amount: str) -> None:
     """A charge whose outcome is unknown, old enough for processes with a real clock."""
-    clock.now = datetime.now(UTC) - timedelta(hours=1)
+    clock.now = datetime.now(UTC) - timedelta(minutes=1)
     assert (await charged(service, amount=amount)).status_code == 202
 
 
 async def test_the_command_shows_what_is_unknown_and_settles_it(
     service: PaymentService, books: Books, clock: ManualClock, command_line: CommandLine
 ) -> None:
-    await begun_an_hour_ago(service, clock, "4000.08")
-    await service.recovery.find(after_seconds=0)
+    await begun_a_minute_ago(service, clock, "4000.08")
+    clock.now = datetime.now(UTC)
+    await service.recovery.find()
     shown = await command_line.run("recover", "--dry-run", "--json")
     assert (shown.exit_code, [look["state"] for look in shown.json]) == (0, ["OPEN"])
     assert await status_of(books) == "PROCESSING"
@@ -905,7 +1041,7 @@ async def test_the_command_ends_with_6_where_an_outcome_has_been_unknown_for_too
     command_line: CommandLine,
     mode: str,
 ) -> None:
-    await begun_an_hour_ago(service, clock, "4000.09")
+    await begun_a_minute_ago(service, clock, "4000.09")
     patient = CommandLine(
         {**command_line.environment, "ECI_PAY_RECOVERY_GRACE_SECONDS": "86400"}, command_line.directory
     )

@@ -5,6 +5,7 @@ after the request was sent, is `Unknown` and never a decline: the gateway may ha
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from decimal import Decimal
 from typing import Protocol
 
@@ -15,13 +16,14 @@ class GatewayUnavailable(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayCharge:
-    """A charge as the gateway sees it; `amount` in major units."""
+    """A charge as the gateway sees it; `amount` in major units. `begun_at` tells a lookup where to look."""
 
     key: str
     amount: Decimal
     currency: str
     payment_method: str
     payment_token: str | None = field(default=None, repr=False)
+    begun_at: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +56,10 @@ class Declined:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unknown:
-    """The gateway may or may not have acted."""
+    """The gateway may or may not have acted. It `answered` where it does not know itself yet; else it has failed."""
 
     message: str
+    answered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

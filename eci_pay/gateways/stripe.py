@@ -34,8 +34,10 @@ RULED_OUT = "eci_pay_ruled_out"
 """The metadata of a PaymentIntent that only keeps its idempotency key from being used by a charge."""
 METHODS = ("CREDIT_CARD", "DEBIT_CARD")
 PAGE_SIZE = 100
-PAGES_MAX = 10
-"""How far back the list is read where Stripe's search cannot be used."""
+PAGES_MAX = 100
+"""How much of the list is read where Stripe's search cannot be used."""
+CLOCKS_APART_SECONDS = 600
+"""How far Stripe's instant of a charge may be from that of its begin: by clocks, and by the way there."""
 SIGNATURE_AGE_SECONDS_MAX = 300
 """How old an event's signature may be: Stripe signs anew whenever it repeats an event."""
 
@@ -116,10 +118,10 @@ class StripeGateway:
         try:
             if isinstance(operation, GatewayRefund):
                 return await self._find_refund(operation)
-            intent = await self._find_intent(operation.key)
+            intent = await self._find_intent(operation)
         except stripe.StripeError as error:
             return _not_found_out(error)
-        return intent if isinstance(intent, Unknown | NotFound) else await self._outcome_of(intent)
+        return intent if isinstance(intent, NotFound) else await self._outcome_of(intent)
 
     async def rule_out(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
         """Uses up the idempotency key of a charge by a PaymentIntent that is never confirmed: a charge with that key
@@ -140,7 +142,9 @@ class StripeGateway:
                 {"idempotency_key": operation.key},
             )
         except stripe.IdempotencyError:
-            return await self._received(operation.key)
+            return await self._received(operation)
+        except stripe.InvalidRequestError:
+            return NotFound()  # such a charge is refused whenever it comes
         except stripe.StripeError as error:
             return _not_found_out(error)
         with suppress(stripe.StripeError):
@@ -183,38 +187,50 @@ class StripeGateway:
             )
         return Declined(code="authentication_required", message="The card wants its holder to confirm the payment.")
 
-    async def _received(self, key: str) -> Outcome:
+    async def _received(self, charge: GatewayCharge) -> Outcome:
         """What became of a charge that Stripe has received, as the list says, which lags behind nothing. One that is
         not there may still be worked on."""
         try:
-            intent = await self._find_intent_in_list(key)
+            intent = await self._find_intent_in_list(charge)
         except stripe.StripeError as error:
             return _not_found_out(error)
-        if isinstance(intent, Unknown | NotFound):
-            return Unknown(message="Stripe has received the charge and does not show it yet.")
+        if isinstance(intent, NotFound):
+            return Unknown(message="Stripe has received the charge and does not show it yet.", answered=True)
         return await self._outcome_of(intent)
 
-    async def _find_intent(self, key: str) -> stripe.PaymentIntent | Unknown | NotFound:
+    async def _find_intent(self, charge: GatewayCharge) -> stripe.PaymentIntent | NotFound:
         try:
             found = await self._stripe().payment_intents.search_async(
-                {"query": f"metadata['{KEY}']:'{key}'", "limit": PAGE_SIZE}
+                {"query": f"metadata['{KEY}']:'{charge.key}'", "limit": PAGE_SIZE}
             )
         except stripe.InvalidRequestError:
             # There is no search in some countries, India among them.
-            return await self._find_intent_in_list(key)
-        return _charge_among(found.data, key) or NotFound()
+            return await self._find_intent_in_list(charge)
+        return _charge_among(found.data, charge.key) or NotFound()
 
-    async def _find_intent_in_list(self, key: str) -> stripe.PaymentIntent | Unknown | NotFound:
-        """Reads the newest PaymentIntents. What is not among them may be older: that is not known."""
+    async def _find_intent_in_list(self, charge: GatewayCharge) -> stripe.PaymentIntent | NotFound:
+        """Reads the PaymentIntents that were made when the charge was, the newest first; `PAGES_MAX` bounds how many.
+
+        Where it is not among them, ruling it out tells for sure.
+        """
         params: stripe.params.PaymentIntentListParams = {"limit": PAGE_SIZE}
+        if charge.begun_at is not None:
+            begun = int(charge.begun_at.timestamp())
+            params["created"] = {"gte": begun - CLOCKS_APART_SECONDS, "lte": begun + CLOCKS_APART_SECONDS}
         for _ in range(PAGES_MAX):
-            page = await self._stripe().payment_intents.list_async(params)
-            if intent := _charge_among(page.data, key):
+            try:
+                page = await self._stripe().payment_intents.list_async(params)
+            except stripe.InvalidRequestError:
+                if "created" not in params:
+                    raise
+                del params["created"]  # not every stand-in of Stripe knows it
+                continue
+            if intent := _charge_among(page.data, charge.key):
                 return intent
             if not page.has_more:
-                return NotFound()
+                break
             params["starting_after"] = page.data[-1].id
-        return Unknown(message=f"Stripe has no search, and it is not among the newest {PAGES_MAX * PAGE_SIZE}.")
+        return NotFound()
 
     async def _find_refund(self, refund: GatewayRefund) -> Outcome | NotFound:
         params: stripe.params.RefundListParams = {"payment_intent": refund.charge_reference, "limit": PAGE_SIZE}
@@ -287,7 +303,7 @@ def _of_intent(intent: stripe.PaymentIntent) -> Outcome:
                 message=getattr(error, "message", None) or "The card was declined.",
             )
         case status:
-            return Unknown(message=f"The payment is {status} at Stripe.")
+            return Unknown(message=f"The payment is {status} at Stripe.", answered=True)
 
 
 def _of_refund(refund: stripe.Refund) -> Outcome:
@@ -299,7 +315,7 @@ def _of_refund(refund: stripe.Refund) -> Outcome:
                 code=getattr(refund, "failure_reason", None) or status, message=f"The refund {status} at Stripe."
             )
         case status:
-            return Unknown(message=f"The refund is {status} at Stripe.")
+            return Unknown(message=f"The refund is {status} at Stripe.", answered=True)
 
 
 def _declined(error: stripe.CardError) -> Declined:
@@ -318,7 +334,7 @@ def _failed(error: stripe.StripeError) -> Outcome:
             # Its text may repeat what was sent, the card's token among it.
             return Declined(code=str(error.code or "invalid_request"), message="Stripe refuses such a request.")
         case stripe.IdempotencyError():
-            return Unknown(message="Stripe has received another request under this key.")
+            return Unknown(message="Stripe has received another request under this key.", answered=True)
         case _:
             return Unknown(message=f"Stripe failed: {_words(error)}")
 

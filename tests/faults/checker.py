@@ -1,6 +1,7 @@
 """The checker: compares three books after a storm. Ours, the gateway's, and what the customers were told."""
 
 import json
+import traceback
 from collections import Counter, defaultdict
 from decimal import Decimal
 from http import HTTPStatus
@@ -29,6 +30,11 @@ CAPTURES = """
 SELECT transaction_id || '-' || attempt AS key, authorization_code AS reference, amount
 FROM payments WHERE captured_at IS NOT NULL
 """
+LATE_CHARGES = """
+SELECT 'payment ' || payment_id || ', attempt ' || attempt || ' was charged though ruled out: ' || last_result
+    AS fault
+FROM recoveries WHERE refund_id IS NULL AND late_reference IS NOT NULL
+"""
 REFUNDS = """
 SELECT p.transaction_id || '-R' || f.refund_id AS key, f.gateway_reference AS reference, f.amount
 FROM refunds f JOIN payments p USING (payment_id)
@@ -51,6 +57,7 @@ async def violations(books: Books, ledger: Ledger, history: History, peers: Peer
     return [
         *history.faults,
         *[row["fault"] for row in await books.rows(UNSETTLED)],
+        *[row["fault"] for row in await books.rows(LATE_CHARGES)],
         *[str(row) for row in await books.rows(FAULTS_IN_BOOKS, 1)],
         *await _against_the_gateway(books, ledger),
         *await _against_the_customers(books, history),
@@ -123,7 +130,8 @@ async def _against_the_peers(books: Books, peers: Peers) -> list[str]:
         await assert_messages_arrived_as_they_are(books, peers)
         await assert_lines_arrived_in_order(books, peers)
     except AssertionError as error:
-        faults.append(f"the peers were told something else: {str(error)[:2000]}")
+        (*_, where) = traceback.extract_tb(error.__traceback__)
+        faults.append(f"the peers were told something else: {where.line}, {str(error)[:2000]}")
     return faults
 
 

@@ -142,6 +142,9 @@ class Customers:
 
     async def _order(self, session: aiohttp.ClientSession, chance: random.Random, order_id: int) -> None:
         """Buys something, sometimes in a hurry, and sometimes wants the money back."""
+        if chance.random() < 0.1:
+            await self._cash(session, chance, order_id)
+            return
         charge = self._charge(chance, order_id, 1)
         match chance.random():
             case draw if draw < 0.15:  # a double click
@@ -161,6 +164,21 @@ class Customers:
             await self._give_back(session, chance, charge)
         if chance.random() < 0.3:
             await self._insist(session, chance, charge)
+
+    async def _cash(self, session: aiohttp.ClientSession, chance: random.Random, order_id: int) -> None:
+        """Pays at the door, and somebody sets the status by hand; or is recorded by the legacy way."""
+        cash = self._charge(chance, order_id, 1)
+        cash.kind = chance.choice(("cash", "create"))
+        cash.path = "/v1/payments/charge" if cash.kind == "cash" else "/v1/payments"
+        cash.body = {name: value for name, value in cash.body.items() if name != "payment_token"}
+        cash.body["payment_method"] = "COD"
+        await self._insist(session, chance, cash)
+        if cash.payment_id is None:
+            return
+        paid = Request("update", order_id, None, f"/v1/payments/{cash.payment_id}/status", {"status": "COMPLETED"})
+        await self._try(session, chance, self._history.add(paid))
+        if any(told.status == 200 for told in paid.told) and chance.random() < 0.5:
+            await self._give_back(session, chance, cash)
 
     async def _give_back(self, session: aiohttp.ClientSession, chance: random.Random, charge: Request) -> None:
         assert charge.payment_id is not None
@@ -213,7 +231,7 @@ class Customers:
     async def _try(self, session: aiohttp.ClientSession, chance: random.Random, request: Request) -> Told:
         replica = chance.randrange(len(self._addresses))
         headers = {} if request.key is None else {"Idempotency-Key": f'"{request.key}"'}
-        method = "DELETE" if request.kind == "cancel" else "POST"
+        method = {"cancel": "DELETE", "update": "PATCH"}.get(request.kind, "POST")
         url = self._addresses[replica] + request.path
         status, body = 0, ""
         try:
@@ -224,6 +242,6 @@ class Customers:
             body = type(error).__name__
         told = Told(time.monotonic() - self._history.started, status, body, replica)
         self._history.note(request, told)
-        if request.kind == "charge" and status in (200, 201, 202, 402):
+        if request.kind in ("charge", "cash", "create") and status in (200, 201, 202, 402):
             request.payment_id = json.loads(body)["payment_id"]
         return told

@@ -19,6 +19,7 @@ STATEMENTS = {
     "charge": ("charge_begin", "charge_settle", "keys_mark_unknown"),
     "refund": ("refund_begin", "refund_settle", "keys_finish"),
     "recovery": ("recovery_find", "recovery_claim", "recovery_mark"),
+    "late": ("recovery_late", "recovery_late_refund", "refund_reopen"),
     "relay": ("outbox_lease", "outbox_mark"),
     "other": ("status_change",),
 }

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -25,7 +26,7 @@ from eci_pay.messages import Destination
 from eci_pay.migrations import bundled_migrations, migrate
 from tests.faults.checker import violations
 from tests.faults.customers import Customers, History
-from tests.faults.ledger_gateway import Ledger, LedgerGateway
+from tests.faults.ledger_gateway import Ledger, LedgerGateway, read_ledger
 from tests.faults.mortal import CLOCK_OFFSET, DIE_AT, DIE_ON, POINTS
 from tests.faults.postgres import Cluster
 from tests.faults.proxy import HOST, Proxy, free_port
@@ -41,6 +42,7 @@ LIFE_SECONDS = (1.0, 6.0)
 PAUSE_SECONDS = (0.1, 0.8)
 """Between two disturbances."""
 DISTURBANCE_SECONDS = (0.05, 1.0)
+PAUSE_FACTOR = 8
 SETTLE_SECONDS_MAX = 90.0
 UNAVAILABLE = 5
 """How a replica ends that finds no database when it starts; it is started again."""
@@ -152,13 +154,16 @@ class Replica:
         except TimeoutError:
             return None
 
+    def tell(self, number: signal.Signals) -> None:
+        """Sends a signal, if it lives."""
+        with suppress(ProcessLookupError):
+            if self._process is not None:
+                self._process.send_signal(number)
+
     async def end(self, number: signal.Signals = signal.SIGKILL) -> int | None:
         """Ends it with a signal, if it lives; how it ended."""
-        if self._process is None:
-            return None
-        with suppress(ProcessLookupError):
-            self._process.send_signal(number)
-        return await self._process.wait()
+        self.tell(number)
+        return None if self._process is None else await self._process.wait()
 
 
 class Storm:
@@ -178,7 +183,16 @@ class Storm:
         self._replicas: list[Replica] = []
 
     async def run(self, seconds: float) -> Figures:
-        """Rages for so long, or until every point was tried; then calms down and compares the books."""
+        """Rages for so long, or until every point was tried; then calms down and compares the books. What goes wrong
+        with the storm itself is a violation too: it must not hide one."""
+        try:
+            await self._rage(seconds)
+        except Exception as error:  # the history is kept all the same
+            self.figures.violations.append("the storm broke off: " + "".join(traceback.format_exception(error)))
+            self._keep(read_ledger(self._ledger_path))
+        return self.figures
+
+    async def _rage(self, seconds: float) -> None:
         async with AsyncExitStack() as stack:
             await self._set_up(stack)
             customers = Customers(
@@ -200,7 +214,6 @@ class Storm:
             await customers.ask_again()
             await self._settle()
             await self._take_stock()
-        return self.figures
 
     async def _set_up(self, stack: AsyncExitStack) -> None:
         await stack.enter_async_context(self._cluster)
@@ -211,7 +224,7 @@ class Storm:
                 self._ledger_path,
                 seed=self.seed,
                 search_lag=0.5,
-                webhook_url=f"http://{HOST}:{ports[0]}/v1/gateway/events",
+                webhook_url=f"http://{HOST}:{ports[0]}/v1/gateway/events" if self.seed % 2 else None,
                 webhook_secret=WEBHOOK_SECRET,
                 faults=GATEWAY_FAULTS,
             )
@@ -277,6 +290,7 @@ class Storm:
             "gateway stalls": self._stall(self._to_gateway),
             "gateway refuses": self._refuse(self._to_gateway),
             "gateway killed": self._kill_gateway,
+            "replica paused": self._pause_replica,
             "peer cut": self._cut(self._chance.choice(self._to_peers)),
             "peer slow": self._slow(self._chance.choice(self._to_peers)),
             "gateway late": self._late_gateway,
@@ -326,6 +340,14 @@ class Storm:
                 await asyncio.sleep(seconds)
 
         return disturb
+
+    async def _pause_replica(self, seconds: float) -> None:
+        """Holds a replica up, sometimes for longer than any grace: what it was about to send is then booked as never
+        happened."""
+        replica = self._chance.choice(self._replicas)
+        replica.tell(signal.SIGSTOP)
+        await asyncio.sleep(seconds * PAUSE_FACTOR)
+        replica.tell(signal.SIGCONT)
 
     async def _kill_gateway(self, seconds: float) -> None:
         await self._gateway.kill()
