@@ -112,7 +112,7 @@ class ChargeSettling:
         declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
         settlement = self._settlement(attempt, declined, releases_key=True)
         answer = await self.phases.book(lambda: self._book(attempt, settlement))
-        if answer is None or answer is settlement.answer:
+        if answer is None or answer.body == settlement.answer.body:
             raise error
         return answer
 

@@ -20,8 +20,6 @@ from eci_pay.views import PaymentView, RefundView
 
 NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
 """What comes of a refund of which no gateway need be asked."""
-GIVEN_UP = Answer(status_code=0, body="", payment_id=0)
-"""Stands for the answer that a refund has not that was never sent."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,18 +99,13 @@ class RefundSettling:
     async def give_up(self, refund: Row, error: Exception) -> Answer:
         """Releases a refund that was never sent, frees its key for the caller's next try, and raises the error; returns
         the answer where somebody else has settled it."""
-        declined = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
-        settlement = _settlement(refund, declined, self.clock(), (), releases_key=True)
-        answer = await self.phases.book(lambda: self._given_up(settlement))
-        if answer is None or answer is GIVEN_UP:
+        outcome = Declined(code="not_sent", message=f"The gateway was not asked: {error}")
+        settlement = _settlement(refund, outcome, self.clock(), (), releases_key=True)
+        answer = await self.phases.book(lambda: self._book(settlement))
+        ours = declined(refund["payment_id"], outcome.code, outcome.message)
+        if answer is None or answer.body == ours.body:
             raise error
         return answer
-
-    async def _given_up(self, settlement: RefundSettlement) -> Answer:
-        told = (await settle_refunds(self.database, [settlement]))[0]
-        if isinstance(told, Exception):
-            raise told
-        return GIVEN_UP if told is not None else await self._settled_by_another(settlement)
 
 
 def refund_key(transaction_id: str, refund_id: int) -> str:
