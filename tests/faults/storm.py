@@ -58,8 +58,9 @@ GATEWAY_FAULTS = {
     "error_after": 0.05,
     "answer_twice": 0.1,
 }
-LATE_FAULTS = {"delay": 0.4, "delay_seconds": 8.0, "drop_answer": 0.2}
-"""The gateway acts after everybody has given up."""
+LATE_FAULTS = {"delay": 0.4, "delay_seconds": 5.0, "drop_answer": 0.2}
+"""The gateway acts after everybody has given up and the grace period is over, but before the second look at the end of
+another one. A refund that it makes still later, and tells nobody of, is found by nobody."""
 SETTINGS = {
     "ECI_PAY_GATEWAY": "stripe",
     "ECI_PAY_STRIPE_SECRET_KEY": "sk_test_storm",
