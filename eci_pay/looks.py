@@ -1,8 +1,8 @@
 """What one look at an unknown outcome does: the gateway is asked, and its word is booked by the code of the request.
 
 That the gateway has never heard of an operation means nothing while the request may still be on its way. Only after a
-grace period of more than twice the deadline for sending is it booked as never happened, and then it is looked at once
-more. Money that turns up later nevertheless is given back, a refund that does is booked.
+grace period of more than twice the deadline for sending is it booked as never happened, and then it is watched for a
+while. Money that turns up later nevertheless is given back, a refund that does is booked.
 """
 
 import uuid
@@ -36,7 +36,7 @@ class State(StrEnum):
     OPEN = "OPEN"
     """There is no outcome yet."""
     CHECKING = "CHECKING"
-    """It was booked as never happened, and is looked at once more."""
+    """It was booked as never happened, and is watched."""
     LATE = "LATE"
     """The gateway has acted after all; that is to be put right."""
     DONE = "DONE"
@@ -103,11 +103,12 @@ class Step:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
     """When is looked, in seconds: first after `first`, then at growing distance up to `longest`. After `grace`,
-    unheard of means never happened; after `alert`, the operator is told."""
+    unheard of means never happened, which is checked until `watch`; after `alert`, the operator is told."""
 
     first: float
     longest: float
     grace: float
+    watch: float
     alert: float
     lease: float
 
@@ -118,6 +119,7 @@ class Schedule:
             first=settings.eci_pay_recovery_first_look_seconds,
             longest=settings.eci_pay_recovery_look_max_seconds,
             grace=settings.eci_pay_recovery_grace_seconds,
+            watch=settings.eci_pay_recovery_watch_seconds,
             alert=settings.eci_pay_recovery_alert_seconds,
             lease=4 * settings.eci_pay_gateway_timeout_seconds + 2 * settings.eci_pay_settle_retry_seconds + 10,
         )
@@ -214,11 +216,18 @@ class Looks:
         return await self.refunds.settle_open(leased.refund_id, outcome)
 
     async def _check(self, leased: Leased) -> Step:
-        """Looks once more at what was booked as never happened."""
+        """Looks again at what was booked as never happened: each time it is twice as old, and last when watching ends.
+
+        A charge was ruled out before that. A refund cannot be, and whoever asked for it may be dead: what a gateway
+        makes of it late, and tells nobody, only a look finds.
+        """
         outcome = await self.gateway.look_up(leased.operation)
         match outcome:
             case Approved(reference=reference):
                 return Step(State.LATE, "approved after all", delay_seconds=0.0, late_reference=reference)
+            case NotFound() if leased.age_seconds < self.schedule.watch:
+                wait = min(leased.age_seconds, self.schedule.watch - leased.age_seconds)
+                return Step(State.CHECKING, "never happened", delay_seconds=wait)
             case NotFound() | Declined():
                 return Step(State.DONE, "never happened")
             case Unknown(message=message):

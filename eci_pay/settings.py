@@ -133,6 +133,8 @@ class Settings(BaseSettings):
     """The longest distance between two looks; it doubles each time."""
     eci_pay_recovery_grace_seconds: Seconds = 150.0
     """How long the gateway's not having heard of a request means nothing: it may still be on its way."""
+    eci_pay_recovery_watch_seconds: Annotated[float, Field(gt=0, le=30 * SECONDS_MAX)] = 3600.0
+    """For how long what was booked as never happened is looked at again, in case the gateway acts late."""
     eci_pay_recovery_alert_seconds: Annotated[float, Field(gt=0, le=30 * SECONDS_MAX)] = 900.0
     """How long something may be unknown before the operator is told."""
 

@@ -300,7 +300,7 @@ async def test_that_the_gateway_has_not_heard_of_a_charge_means_nothing_within_t
     assert await books.value("SELECT next_look_at - found_at <= interval '151 seconds' FROM recoveries")
 
 
-async def test_a_charge_that_never_arrived_fails_after_the_grace_period_and_is_looked_at_once_more(
+async def test_a_charge_that_never_arrived_fails_after_the_grace_period_and_is_watched_for_an_hour(
     recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
 ) -> None:
     ledger.loses_requests = True
@@ -314,10 +314,18 @@ async def test_a_charge_that_never_arrived_fails_after_the_grace_period_and_is_l
     replay = await charged(recovering)
     assert json.loads(replay.body)["decline_code"] == "not_processed"
     await assert_finished(recovering, books, replay, 402)
-    assert await recovering.recovery.run_once() == []  # only a grace period later
-    await travel(books)
-    [look] = await recovering.recovery.run_once()
-    assert (look.state, look.result, len(ledger.looked)) == ("DONE", "never happened", 3)
+    distances = []
+    while (await recoveries(books)) == [("CHECKING", "never happened")]:
+        assert await recovering.recovery.run_once() == []  # it is not due yet
+        [distance] = await books.rows(
+            "SELECT extract(epoch FROM next_look_at - now())::integer AS seconds FROM recoveries"
+        )
+        distances.append(distance["seconds"])
+        await travel(books, seconds=distances[-1] + 1)
+        await recovering.recovery.run_once()
+    # It was 10 minutes old when it was ruled out.
+    assert distances == pytest.approx([150, 750, 1500, 600], abs=10)
+    assert (await recoveries(books), len(ledger.looked)) == ([("DONE", "never happened")], 6)
     assert ledger.ruled_out == ledger.looked[:1]
     assert await books.value("SELECT ended_at IS NOT NULL FROM recoveries")
     await travel(books)
@@ -592,14 +600,18 @@ async def test_a_refund_that_never_arrived_fails_after_the_grace_period_and_free
     assert (await refunded(recovering, payment_id, None, key="again")).status_code == 200
 
 
+@pytest.mark.parametrize("looks_before", [0, 1, 3], ids=["before a look", "after one", "after three"])
 @pytest.mark.parametrize("left", ["100.00", "60.00"], ids=["enough is left", "too little is left"])
 async def test_a_refund_that_turns_up_late_is_booked_again_where_that_much_is_left_and_else_told_of(
-    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger, left: str
+    recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger, *, left: str, looks_before: int
 ) -> None:
     [payment_id] = await paid(recovering, 1)
     ledger.loses_requests = True
     await refunded(recovering, payment_id, "70.00")
     await never_happened(recovering, books, clock)
+    for _ in range(looks_before):
+        await travel(books, minutes=10)
+        await recovering.recovery.run_once()
     ledger.loses_requests = False
     if left == "60.00":
         assert (await refunded(recovering, payment_id, "40.00", key="other")).status_code == 200
@@ -840,7 +852,7 @@ async def test_a_refund_that_is_approved_after_every_look_is_booked_again_and_to
     refunding = asyncio.create_task(refunded(recovering, payment_id, key="r"))
     await ledger.sent.wait()
     await never_happened(recovering, books, clock)
-    await travel(books)
+    await travel(books, hours=1)
     assert [look.state for look in await recovering.recovery.run_once()] == ["DONE"]
     assert await refund_statuses(books) == ["FAILED"]
     ledger.may_act.set()

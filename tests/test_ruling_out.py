@@ -122,7 +122,7 @@ async def test_the_gateway_is_asked_to_rule_a_key_out_only_after_the_grace_perio
     replay = await replayed(recovering, payment_id, operation)
     assert (replay.status_code, json.loads(replay.body)["decline_code"]) == (402, "not_processed")
     # The last look only looks: there is nothing left to be ruled out.
-    await travel(books)
+    await travel(books, hours=1)
     await recovering.recovery.run_once()
     assert ([state for state, _ in await recoveries(books)], len(ledger.ruled_out)) == (["DONE"], 1)
     assert await books.rows(FAULTS_IN_BOOKS, 1) == []
@@ -313,7 +313,7 @@ async def test_a_sender_that_slept_until_its_request_was_booked_as_never_happene
     replay = await replayed(recovering, payment_id, operation)
     assert (replay.status_code, json.loads(replay.body)["decline_code"]) == (402, "not_processed")
     assert (told_itself.status_code, told_itself.body) == (402, replay.body)
-    await travel(books)
+    await travel(books, hours=1)
     await recovering.recovery.run_once()
     assert await recoveries(books) == [("DONE", "never happened")]
     assert (len(ledger.charges), ledger.refunds, ledger.given_back()) == (sent_before, [], [])

@@ -426,7 +426,7 @@ async def test_a_charge_that_never_reached_stripe_fails_after_the_grace_period_a
     replay = await charged(far_paying)
     assert (replay.status_code, body_of(replay)["decline_code"]) == (402, "not_processed")
     assert (await status_of(books), await told(books)) == ("FAILED", TOLD_OF_FAILURE)
-    await travel(books)
+    await travel(books, hours=1)
     await far_paying.recovery.run_once()
     assert await recoveries(books) == [("DONE", "never happened")]
     ruled_out = await the_intent(account)

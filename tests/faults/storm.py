@@ -58,9 +58,9 @@ GATEWAY_FAULTS = {
     "error_after": 0.05,
     "answer_twice": 0.1,
 }
-LATE_FAULTS = {"delay": 0.4, "delay_seconds": 5.0, "drop_answer": 0.2}
-"""The gateway acts after everybody has given up and the grace period is over, but before the second look at the end of
-another one. A refund that it makes still later, and tells nobody of, is found by nobody."""
+LATE_FAULTS = {"delay": 0.4, "delay_seconds": 8.0, "drop_answer": 0.2}
+"""The gateway acts after everybody has given up, the grace period is over, and so is another one, but while what was
+booked as never happened is still watched. What it does after that, and tells nobody of, is found by nobody."""
 SETTINGS = {
     "ECI_PAY_GATEWAY": "stripe",
     "ECI_PAY_STRIPE_SECRET_KEY": "sk_test_storm",
@@ -76,6 +76,7 @@ SETTINGS = {
     "ECI_PAY_RECOVERY_FIRST_LOOK_SECONDS": "0.5",
     "ECI_PAY_RECOVERY_LOOK_MAX_SECONDS": "1",
     "ECI_PAY_RECOVERY_GRACE_SECONDS": "3",
+    "ECI_PAY_RECOVERY_WATCH_SECONDS": "12",
     "ECI_PAY_RELAY_POLL_SECONDS": "0.1",
     "ECI_PAY_RELAY_TIMEOUT_SECONDS": "1",
     "ECI_PAY_RELAY_RETRY_SECONDS": "0.2",
