@@ -8,27 +8,20 @@ turns. Each step verifies that what the peers took is what the outbox held.
 import argparse
 import asyncio
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from psycopg.conninfo import make_conninfo
 
-from eci_pay.database import connect, create_database, drop_database
+from benchmarks.stage import Stage
+from eci_pay.database import create_database, drop_database
 from eci_pay.embedded import embedded_url
-from eci_pay.messages import Destination
 from eci_pay.migrations import bundled_migrations, migrate
 from eci_pay.settings import load_settings
 
-COMMAND = str(Path(sys.executable).parent / "eci-pay")
 DATABASE = "eci_pay_benchmark_relay"
 MESSAGES_PER_PAYMENT = 2
 DRAIN_SECONDS_MAX = 900
@@ -57,36 +50,16 @@ CROSS JOIN LATERAL (VALUES
 """
 
 
-class Bench:
+class Bench(Stage):
     """One run, over one database."""
 
     def __init__(self, url: str, messages: int) -> None:
-        self.url = url
+        super().__init__(url)
         self.payments = messages // MESSAGES_PER_PAYMENT
-        self.ports = [free_port() for _ in Destination]
-        self.environment = {
-            **os.environ,
-            "DATABASE_URL": url,
-            "LOG_LEVEL": "WARNING",
-            **{
-                f"{name.upper()}_SERVICE_URL": f"http://127.0.0.1:{port}"
-                for name, port in zip(Destination, self.ports, strict=True)
-            },
-        }
-
-    async def execute(self, statement: str, **params: Any) -> None:
-        """Runs a statement."""
-        async with await connect(self.url) as connection:
-            await connection.execute(statement.encode(), params or None)
 
     async def pending(self) -> int:
         """How many messages are not delivered."""
-        async with await connect(self.url) as connection:
-            cursor = await connection.execute(
-                b"SELECT count(*) AS pending FROM outbox WHERE delivered_at IS NULL AND dead_at IS NULL"
-            )
-            row = await cursor.fetchone()
-            return int(row["pending"]) if row else 0
+        return int(await self.value("SELECT count(*) AS n FROM outbox WHERE delivered_at IS NULL AND dead_at IS NULL"))
 
     async def fill(self) -> None:
         """Makes a backlog."""
@@ -123,72 +96,23 @@ class Bench:
             "sent_twice": requests - different,
         }
 
-    @contextmanager
-    def peer(self) -> Iterator[Any]:
-        """Runs the peers; what it yields tells, after they have ended, how many requests and keys they saw."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peer", *map(str, self.ports)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        counted: list[int] = []
-        yield lambda: tuple(counted)
-        process.terminate()
-        counted += [int(number) for number in process.stdout.read().split()]
-        process.wait()
-
     async def charge(self, outbox: str, first_order_id: int, seconds: int, connections: int) -> dict[str, Any]:
         """Charges over HTTP, the relay in a process of its own."""
         await (self.execute("TRUNCATE outbox") if outbox == "empty" else self.fill())
-        port = free_port()
-        environment = {**self.environment, "ECI_PAY_RELAY_IN_SERVE": "false", "FIRST_ORDER_ID": str(first_order_id)}
         with ExitStack() as stack:
             if outbox == "draining":
                 stack.enter_context(self.peer())
             stack.enter_context(self.running("relay"))
-            stack.enter_context(self.running("serve", "--port", str(port), ECI_PAY_RELAY_IN_SERVE="false"))
-            wait_for(port)
-            script = str(Path(__file__).with_name("charge.lua"))
-            wrk = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script]
-            told = subprocess.run(
-                [*wrk, f"http://127.0.0.1:{port}"], env=environment, capture_output=True, text=True, check=True
-            ).stdout
-        assert "Non-2xx" not in told, told
-        return {
-            "outbox": outbox,
-            "per_second": float(re.search(r"Requests/sec:\s+([\d.]+)", told)[1]),  # type: ignore[index]
-            "p99": re.search(r"99%\s+(\S+)", told)[1],  # type: ignore[index]
-        }
-
-    @contextmanager
-    def running(self, *arguments: str, **environment: str) -> Iterator[None]:
-        """Runs one of our commands, and ends it as an operator would."""
-        process = subprocess.Popen([COMMAND, *arguments], env={**self.environment, **environment})
-        try:
-            yield
-        finally:
-            process.terminate()
-            exit_code = process.wait()
-        assert exit_code == 0, f"{arguments}: {exit_code}"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def wait_for(port: int) -> None:
-    """Waits until somebody listens."""
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise TimeoutError(f"nobody listens on {port}")
+            address = stack.enter_context(self.serving())
+            told = self.wrk(
+                address,
+                "charge.lua",
+                seconds=seconds,
+                connections=connections,
+                FIRST_ORDER_ID=str(first_order_id),
+            )
+        assert told["errors"] == 0, told
+        return {"outbox": outbox, **told}
 
 
 async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from datetime import datetime
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
-from eci_pay.charge_records import ChargeSettlement, settle_charges
+from eci_pay.charge_records import ChargeSettlement
 from eci_pay.database import Database
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
+from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import KEY_LIFETIME
 from eci_pay.lifecycle import PaymentStatus
 from eci_pay.messages import Messages, Subject
@@ -38,6 +39,7 @@ class ChargeSettling:
     """What is told of a charge is what was booked of it."""
 
     database: Database
+    settle_charge: GroupCommit[ChargeSettlement, bool | Exception]
     payments: Payments
     phases: Phases
     messages: Messages
@@ -84,7 +86,7 @@ class ChargeSettling:
         )
 
     async def _book(self, attempt: Attempt, settlement: ChargeSettlement) -> Answer:
-        applied = (await settle_charges(self.database, [settlement]))[0]
+        applied = await self.settle_charge(settlement)
         if isinstance(applied, Exception):
             raise applied
         if applied:

@@ -6,7 +6,7 @@ commit). From begin on it runs to its end, whoever stops waiting. Once the gatew
 the outcome, or 202 where it is not known or could not be booked; never that it failed.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
@@ -15,7 +15,7 @@ from typing import assert_never
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun, Refused
-from eci_pay.charge_records import ChargeBegin, begin_charges, record_pending, standing_of_charge
+from eci_pay.charge_records import ChargeBegin, standing_of_charge
 from eci_pay.charge_settling import Attempt, ChargeSettling, charge_key
 from eci_pay.database import Database, Row
 from eci_pay.errors import (
@@ -29,6 +29,7 @@ from eci_pay.errors import (
 )
 from eci_pay.gateway_calls import GatewayCalls, Place
 from eci_pay.gateways import GatewayCharge, Outcome
+from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 from eci_pay.payments import Payments
@@ -44,6 +45,9 @@ class Charges:
     charge also ValidationFailed for what the gateway does not take."""
 
     database: Database
+    begin_charge: GroupCommit[ChargeBegin, BeginResult]
+    record_pending: GroupCommit[ChargeBegin, BeginResult]
+    record_created: GroupCommit[ChargeBegin, BeginResult]
     gateway: GatewayCalls
     payments: Payments
     phases: Phases
@@ -67,11 +71,11 @@ class Charges:
             takes_over=False,
             at=self.clock(),
         )
-        return await self.phases.run_to_end(self._record_pending(begin))
+        return await self.phases.run_to_end(self._record_pending(begin, self.record_created))
 
     async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
         if request.payment_method is PaymentMethod.COD:
-            return await self._record_pending(self._charge_begin(request, claim))
+            return await self._record_pending(self._charge_begin(request, claim), self.record_pending)
         self._check(request)
         try:
             place = await self.gateway.place()
@@ -93,7 +97,7 @@ class Charges:
     ) -> Answer | tuple[Attempt, Outcome | Exception]:
         """The gateway's answer, or what kept the attempt from being sent."""
         begin = self._charge_begin(request, claim)
-        row = await self._begun(begin, begin_charges)
+        row = await self._begun(begin, self.begin_charge)
         if isinstance(row, Answer):
             return row
         attempt = _attempt_of(begin, row)
@@ -121,9 +125,9 @@ class Charges:
         found = await standing_of_charge(self.database, begin)
         return None if begin.is_free(found) else await self._refusal(begin, found)
 
-    async def _record_pending(self, begin: ChargeBegin) -> Answer:
+    async def _record_pending(self, begin: ChargeBegin, record: GroupCommit[ChargeBegin, BeginResult]) -> Answer:
         """A payment that asks no gateway: recorded and answered in one commit."""
-        row = await self._begun(begin, record_pending)
+        row = await self._begun(begin, record)
         if isinstance(row, Answer):
             return row
         if "answer" in row:
@@ -144,11 +148,11 @@ class Charges:
         )
 
     async def _begun(
-        self, begin: ChargeBegin, record: Callable[..., Awaitable[list[BeginResult]]], *, looked: bool = False
+        self, begin: ChargeBegin, record: GroupCommit[ChargeBegin, BeginResult], *, looked: bool = False
     ) -> Row | Answer:
         """What was recorded, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
-        result = (await record(self.database, [begin]))[0]
+        result = await record(begin)
         match result:
             case Begun(row):
                 return row

@@ -26,9 +26,7 @@ class GroupCommit(Generic[Row, Result]):
     is refused; without, none is: for what must be written because money has moved.
     """
 
-    def __init__(
-        self, write: Write[Row, Result], *, lanes: int, batch_max: int, queue_max: int | None = None
-    ) -> None:
+    def __init__(self, write: Write[Row, Result], *, lanes: int, batch_max: int, queue_max: int | None = None) -> None:
         self._write = write
         self._lanes = lanes
         self._batch_max = batch_max
@@ -78,7 +76,7 @@ class GroupCommit(Generic[Row, Result]):
                     future.set_result(result)
 
     def _next_batch(self) -> list[tuple[Row, asyncio.Future[Result]]]:
-        batch = []
+        batch: list[tuple[Row, asyncio.Future[Result]]] = []
         while self._waiting and len(batch) < self._batch_max:
             row, future = self._waiting.popleft()
             if not future.done():

@@ -10,12 +10,13 @@ from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.database import Database, Row
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
+from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import KEY_LIFETIME
 from eci_pay.lifecycle import RefundStatus
 from eci_pay.messages import Message, Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
-from eci_pay.refund_records import RefundSettlement, settle_refunds
+from eci_pay.refund_records import RefundSettlement
 from eci_pay.views import PaymentView, RefundView
 
 NOT_CAPTURED = Approved(reference="", message="Refunded without a gateway: none had captured the payment")
@@ -29,6 +30,7 @@ class RefundSettling:
     """What is told of a refund is what was booked of it."""
 
     database: Database
+    settle_refund: GroupCommit[RefundSettlement, Answer | Exception | None]
     payments: Payments
     phases: Phases
     messages: Messages
@@ -71,7 +73,7 @@ class RefundSettling:
         return self.messages.of_refund(Subject.of_view(view), amount=refund["amount"], reason=reason)
 
     async def _book(self, settlement: RefundSettlement) -> Answer:
-        told = (await settle_refunds(self.database, [settlement]))[0]
+        told = await self.settle_refund(settlement)
         if isinstance(told, Exception):
             raise told
         if told is not None:

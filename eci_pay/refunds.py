@@ -12,18 +12,19 @@ from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
-from eci_pay.batches import Begun, Refused
+from eci_pay.batches import BeginResult, Begun, Refused
 from eci_pay.charge_settling import charge_key
 from eci_pay.database import Database, Row
 from eci_pay.errors import PaymentNotFound, RefundExceedsBalance, Unavailable
 from eci_pay.gateway_calls import GatewayCalls, Place
 from eci_pay.gateways import GatewayRefund, Outcome
+from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
-from eci_pay.refund_records import RefundBegin, begin_refunds, standing_of_refund
+from eci_pay.refund_records import RefundBegin, standing_of_refund
 from eci_pay.refund_settling import NOT_CAPTURED, RefundSettling, answer_of, refund_key
 from eci_pay.requests import RefundRequest
 from eci_pay.views import PaymentView
@@ -35,6 +36,7 @@ class Refunds:
     payment's currency cannot have, the errors of idempotency keys, and Unavailable where nothing was sent."""
 
     database: Database
+    begin_refund: GroupCommit[RefundBegin, BeginResult]
     gateway: GatewayCalls
     payments: Payments
     phases: Phases
@@ -103,7 +105,7 @@ class Refunds:
     async def _begin(self, begin: RefundBegin, *, looked: bool = False) -> Row | Answer:
         """The reserved refund, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
-        result = (await begin_refunds(self.database, [begin]))[0]
+        result = await self.begin_refund(begin)
         match result:
             case Begun(row):
                 return row

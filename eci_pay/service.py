@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
+from eci_pay.charge_records import begin_charges, record_pending, settle_charges
 from eci_pay.charge_settling import ChargeSettling
 from eci_pay.charges import Charges
 from eci_pay.database import Database
@@ -15,6 +17,7 @@ from eci_pay.gateway_calls import GatewayCalls, Limits
 from eci_pay.gateway_events import GatewayEvents
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.configured import configured_gateway
+from eci_pay.group_commit import GroupCommit, Result, Row, Write
 from eci_pay.idempotency import KeyExpiry
 from eci_pay.looks import Looks, Schedule
 from eci_pay.messages import Destination, Messages, service_urls
@@ -23,6 +26,7 @@ from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
+from eci_pay.refund_records import begin_refunds, settle_refunds
 from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
@@ -108,10 +112,20 @@ async def payment_service(
         retention=timedelta(days=settings.eci_pay_outbox_retention_days),
     )
     charge_settling = ChargeSettling(
-        database=database, payments=payments, phases=phases, messages=messages, clock=clock
+        database=database,
+        settle_charge=_group(settings, partial(settle_charges, database), moves_money=True),
+        payments=payments,
+        phases=phases,
+        messages=messages,
+        clock=clock,
     )
     refund_settling = RefundSettling(
-        database=database, payments=payments, phases=phases, messages=messages, clock=clock
+        database=database,
+        settle_refund=_group(settings, partial(settle_refunds, database), moves_money=True),
+        payments=payments,
+        phases=phases,
+        messages=messages,
+        clock=clock,
     )
     schedule = Schedule.of(settings)
     recovery = Recovery(
@@ -125,6 +139,9 @@ async def payment_service(
         yield PaymentService(
             charges=Charges(
                 database=database,
+                begin_charge=_group(settings, partial(begin_charges, database)),
+                record_pending=_group(settings, partial(record_pending, database)),
+                record_created=_group(settings, partial(record_pending, database)),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -134,6 +151,7 @@ async def payment_service(
             ),
             refunds=Refunds(
                 database=database,
+                begin_refund=_group(settings, partial(begin_refunds, database)),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -162,3 +180,13 @@ async def payment_service(
         await recovery.drain()
         await calls.close()
         await database.close()
+
+
+def _group(settings: Settings, write: Write[Row, Result], *, moves_money: bool = False) -> GroupCommit[Row, Result]:
+    """Coalesces writes of one kind. What books money that has moved is never refused: its begin could have been."""
+    return GroupCommit(
+        write,
+        lanes=settings.eci_pay_group_commit_lanes,
+        batch_max=settings.eci_pay_group_commit_batch_max,
+        queue_max=None if moves_money else settings.eci_pay_group_commit_queue_max,
+    )

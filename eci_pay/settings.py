@@ -112,6 +112,13 @@ class Settings(BaseSettings):
     eci_pay_statement_timeout_seconds: SecondsOrZero = 30.0
     """The longest a statement may run; 0 as above."""
 
+    eci_pay_group_commit_lanes: int = Field(default=2, ge=1, le=16)
+    """How many batches of a kind one process writes at a time: of charges that begin, of charges that settle..."""
+    eci_pay_group_commit_batch_max: int = Field(default=64, ge=1, le=1000)
+    """The most rows of a batch."""
+    eci_pay_group_commit_queue_max: int = Field(default=2000, ge=1)
+    """The most requests that wait to be begun; the next is refused."""
+
     eci_pay_send_deadline_seconds: Seconds = 30.0
     """After begin, how late a request may still be sent to the gateway."""
     eci_pay_gateway_timeout_seconds: Seconds = 30.0

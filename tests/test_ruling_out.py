@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from eci_pay import charges, gateway_calls, refunds
+from eci_pay import gateway_calls
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun
-from eci_pay.charge_records import ChargeBegin, begin_charges
-from eci_pay.database import Database
+from eci_pay.charge_records import begin_charges
 from eci_pay.errors import Unavailable
 from eci_pay.gateways import Approved, Declined, GatewayUnavailable, NotFound, Outcome, Unknown
-from eci_pay.refund_records import RefundBegin, begin_refunds
+from eci_pay.group_commit import Row, Write
+from eci_pay.refund_records import begin_refunds
 from eci_pay.service import PaymentService
 from tests.peers import Peers
 from tests.rows import charge_begin, paid, refund_begin
@@ -254,26 +254,25 @@ class HeldUp:
     elapsed: float = 5000.0
     """The machine's own clock."""
 
-    async def begin_charges(self, database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
-        """As that of `charge_records`."""
-        return await self._then_wait(await begin_charges(database, rows))
+    def after(self, write: Write[Row, BeginResult]) -> Write[Row, BeginResult]:
+        """Begins, and then waits."""
 
-    async def begin_refunds(self, database: Database, rows: Sequence[RefundBegin]) -> list[BeginResult]:
-        """As that of `refund_records`."""
-        return await self._then_wait(await begin_refunds(database, rows))
+        async def begin(rows: Sequence[Row]) -> Sequence[BeginResult]:
+            results = await write(rows)
+            self.begun.set()
+            await self.may_go_on.wait()
+            return results
 
-    async def _then_wait(self, results: list[BeginResult]) -> list[BeginResult]:
-        self.begun.set()
-        await self.may_go_on.wait()
-        return results
+        return begin
 
 
 @pytest.fixture
-def held_up(monkeypatch: pytest.MonkeyPatch) -> HeldUp:
+def held_up(recovering: PaymentService, monkeypatch: pytest.MonkeyPatch) -> HeldUp:
     """Holds up everybody who begins from now on, and lets the test move the machine's own clock."""
     held_up = HeldUp()
-    monkeypatch.setattr(charges, "begin_charges", held_up.begin_charges)
-    monkeypatch.setattr(refunds, "begin_refunds", held_up.begin_refunds)
+    begins_charge, begins_refund = recovering.charges.begin_charge, recovering.refunds.begin_refund
+    monkeypatch.setattr(begins_charge, "_write", held_up.after(begins_charge._write))
+    monkeypatch.setattr(begins_refund, "_write", held_up.after(begins_refund._write))
     monkeypatch.setattr(gateway_calls, "time", SimpleNamespace(monotonic=lambda: held_up.elapsed))
     return held_up
 
