@@ -31,8 +31,9 @@ check: $(VENV)/.installed  ## Lint, format, types, import rules
 faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds=30"
 	$(BIN)/python -m tests.faults $(ARGS)
 
-bench: $(VENV)/.installed  ## Measurements (wants wrk); ARGS="--messages=..." for less
-	$(BIN)/python -m benchmarks.relay $(ARGS)
+BENCH ?= charges
+bench: $(VENV)/.installed  ## Measurements (wants wrk) of charges, or BENCH=relay; ARGS="--rounds=1" for less
+	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 constraints:  ## Resolve constraints.txt anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
