@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 
-from psycopg.types.numeric import Int8
-
 from eci_pay.answers import Answer
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import (
@@ -128,10 +126,10 @@ async def finish(connection: Connection, finishes: Sequence[Finish]) -> dict[int
         connection,
         "keys_finish",
         {
-            "key_id": [Int8(finish.key_id) for finish in finishes],
+            "key_id": [finish.key_id for finish in finishes],
             "begin_id": [finish.begin_id for finish in finishes],
             "response_body": [finish.answer.body for finish in finishes],
-            "status_code": [Int8(finish.answer.status_code) for finish in finishes],
+            "status_code": [finish.answer.status_code for finish in finishes],
             "at": [finish.at for finish in finishes],
             "expires_at": [finish.at + KEY_LIFETIME for finish in finishes],
             "releases_key": [finish.releases for finish in finishes],
@@ -148,7 +146,7 @@ async def read_answer(database: Database, key_id: int) -> Answer | None:
 
 async def mark_unknown(database: Database, key_id: int) -> None:
     """Notes that the outcome is unknown, so that a replay is told 202 and not "in flight"."""
-    await database.fetch("keys_mark_unknown", {"key_id": [Int8(key_id)]})
+    await database.fetch("keys_mark_unknown", {"key_id": [key_id]})
 
 
 def is_marked_unknown(row: Row) -> bool:

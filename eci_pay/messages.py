@@ -10,8 +10,6 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
-from psycopg.types.numeric import Int8
-
 from eci_pay.lifecycle import PaymentStatus
 from eci_pay.money import plain
 from eci_pay.settings import Settings
@@ -167,8 +165,8 @@ def message_arrays(messages: Sequence[Sequence[Message]]) -> dict[str, list[Any]
     its own number, from 1, among those of the row."""
     flat = [(n, number, message) for n, of_row in enumerate(messages) for number, message in enumerate(of_row, start=1)]
     return {
-        "message_n": [Int8(n) for n, _, _ in flat],
-        "message_number": [Int8(number) for _, number, _ in flat],
+        "message_n": [n for n, _, _ in flat],
+        "message_number": [number for _, number, _ in flat],
         "message_destination": [message.destination.value for _, _, message in flat],
         "message_event": [message.event.value for _, _, message in flat],
         "message_payload": [message.payload for _, _, message in flat],

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from psycopg.types.numeric import Int8
-
 from eci_pay.batches import settle
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import MessageNotFound, Unavailable
@@ -110,7 +108,7 @@ class Outbox:
             if not found:
                 return []
             lease = {
-                "message_ids": [Int8(row["message_id"]) for row in found],
+                "message_ids": [row["message_id"] for row in found],
                 "due_at": [row["due_at"] for row in found],
                 "lease_seconds": lease_seconds,
                 "lease_id": uuid.uuid4(),
@@ -135,7 +133,7 @@ class Outbox:
 
     async def _mark(self, deliveries: Sequence[Delivery]) -> list[Marked | None]:
         params = {
-            "message_id": [Int8(delivery.message.message_id) for delivery in deliveries],
+            "message_id": [delivery.message.message_id for delivery in deliveries],
             "lease_id": [delivery.message.lease_id for delivery in deliveries],
             "outcome": [delivery.outcome.value for delivery in deliveries],
             "error": [delivery.error for delivery in deliveries],
@@ -213,7 +211,7 @@ class Outbox:
         A dead message whose line went on without it is requeued only where `overtaken` says so: it would tell its
         peer of a past that is over.
         """
-        ids = [Int8(message_id) for message_id in message_ids]
+        ids = list(message_ids)
 
         async def work(connection: Connection) -> list[Row]:
             await fetch(connection, "outbox_lock_payments", {"message_ids": ids})

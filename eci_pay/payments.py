@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from psycopg.types.numeric import Int8
-
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import PaymentNotFound
 from eci_pay.requests import TRANSACTION_ID_LENGTH_MAX, ListRequest
@@ -88,4 +86,4 @@ async def views_of(connection: Connection, payment_ids: list[int]) -> dict[int, 
 
 
 def _ids(*payment_ids: int) -> dict[str, list[int]]:
-    return {"payment_id": [Int8(payment_id) for payment_id in payment_ids]}
+    return {"payment_id": list(payment_ids)}

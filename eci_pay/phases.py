@@ -46,6 +46,16 @@ class Phases:
 
         Nothing is raised: the gateway has acted, and an error would invite the caller to pay again.
         """
+        try:
+            try:
+                return await settle()
+            except Unavailable:
+                return await self._book_again(settle)
+        except Exception:
+            _log.exception("what the gateway answered could not be booked")
+            return None
+
+    async def _book_again(self, settle: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable),
             stop=stop_after_delay(self.settle_retry_seconds),
@@ -56,11 +66,7 @@ class Phases:
         async def run() -> Answer:
             return await settle()
 
-        try:
-            return await retrying(run)
-        except Exception:
-            _log.exception("what the gateway answered could not be booked")
-            return None
+        return await retrying(run)
 
     async def finish_for_another(self, finish: Finish) -> Answer | None:
         """Finishes a key that its first request has left; the answer it holds now, a replay for this request.

@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from psycopg.types.numeric import Int8
-
 from eci_pay.context import bind_origin
 from eci_pay.database import Database, Row
 from eci_pay.errors import Unavailable
@@ -74,7 +72,7 @@ class Recovery:
         """Schedules a first look at what has been PROCESSING for a while, of these payments or of all; how many."""
         params = {
             **self._begun(),
-            "payment_ids": None if payment_ids is None else [Int8(payment_id) for payment_id in payment_ids],
+            "payment_ids": None if payment_ids is None else list(payment_ids),
             "count_max": FIND_COUNT_MAX,
         }
         return len(await self.database.fetch("recovery_find", params))
@@ -191,7 +189,7 @@ class Recovery:
 
     async def _look_at(self, recovery_ids: Sequence[int] | None) -> list[Look]:
         params = {
-            "recovery_ids": None if recovery_ids is None else [Int8(recovery_id) for recovery_id in recovery_ids],
+            "recovery_ids": None if recovery_ids is None else list(recovery_ids),
             "count_max": LOOKS_AT_ONCE_MAX,
             "lease_seconds": self.schedule.lease,
             "apart_seconds": LOOKS_APART_SECONDS,

@@ -94,7 +94,8 @@ class RefundBegin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefundSettlement:
-    """The gateway's answer to a refund; `answer` makes what its caller is told of the payment as it is then.
+    """The gateway's answer to a refund; `answer` makes what its caller is told of the payment as it is then, wherever
+    it is called.
 
     Those of its messages that tell of a full refund come last; whether they are written is known only when it is
     booked.

@@ -10,13 +10,14 @@ from starlette.requests import Request
 from eci_pay.errors import IdempotencyKeyInvalid, ValidationFailed
 from eci_pay.idempotency import parse_key
 from eci_pay.requests import ListRequest, parse_json, parse_request
+from server.headers import header_value, header_values
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[_Model]) -> _Model:
     """The JSON body as a validated request. Raises HTTPException 415, MalformedJson and ValidationFailed."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = (header_value(request.scope, b"content-type") or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, "The body must be application/json.")
     return parse_request(model, parse_json(await request.body()))
@@ -44,7 +45,7 @@ def optional_key(request: Request) -> str | None:
 
 
 def _single_header(request: Request) -> str | None:
-    values = request.headers.getlist("idempotency-key")
+    values = header_values(request.scope, b"idempotency-key")
     if len(values) > 1:
         raise IdempotencyKeyInvalid("there is more than one Idempotency-Key header")
     return values[0] if values else None

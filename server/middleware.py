@@ -3,11 +3,11 @@
 import logging
 import time
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.context import bind_origin
+from server.headers import header_value, header_values
 from server.problems import bug_response, http_problem
 
 STATUS_CLIENT_GONE = 499
@@ -27,10 +27,10 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        traces = headers.getlist("traceparent")
+        traces = header_values(scope, b"traceparent")
         # Two are none: which of them is meant, W3C Trace Context leaves open.
-        request_id = bind_origin(headers.get("x-request-id"), traces[0] if len(traces) == 1 else None)
+        request_id = bind_origin(header_value(scope, b"x-request-id"), traces[0] if len(traces) == 1 else None)
+        encoded_id = request_id.encode("latin-1")
         started = time.perf_counter()
         status = 0  # no response has started
 
@@ -38,7 +38,7 @@ class RequestIds:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"].append((b"x-request-id", encoded_id))
             await send(message)
 
         try:
@@ -76,7 +76,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "")
+        announced = header_value(scope, b"content-length") or ""
         if announced.isdigit() and int(announced) > self._max_bytes:
             await self._refuse(scope, receive, send)
             return

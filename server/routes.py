@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, request_response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from server import gateway_events, health, metrics, payments
@@ -18,17 +18,18 @@ class Resource:
 
     def __init__(self, handlers: dict[str, Handler]) -> None:
         self._allow = ", ".join(handlers)
-        self._apps = {method: request_response(handler) for method, handler in handlers.items()}
-        if "GET" in self._apps:
-            self._apps["HEAD"] = self._apps["GET"]
+        self._handlers = dict(handlers)
+        if "GET" in handlers:
+            self._handlers["HEAD"] = handlers["GET"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request."""
-        app = self._apps.get(scope["method"])
-        if app is None:
+        """Handles one request. What is raised, the application's exception handlers answer."""
+        handler = self._handlers.get(scope["method"])
+        if handler is None:
             detail = f"This path allows {self._allow}."
             raise HTTPException(405, detail, {"Allow": self._allow})
-        await app(scope, receive, send)
+        response = await handler(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 TABLE: dict[str, dict[str, Handler]] = {
