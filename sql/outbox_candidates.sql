@@ -2,7 +2,8 @@
 --
 -- Only the head of each line is due: the first open message of a payment to that destination, so that a line
 -- stays in the order of its commits whoever delivers. Which one that is is looked up row by row, by index
--- and with a LIMIT: as a join the planner might compute it for the whole backlog.
+-- and with a LIMIT: as a join the planner might compute it for the whole backlog. The coalesce keeps it from
+-- idx_outbox_pending: a plan that was made while the table was small would walk the whole backlog for each message.
 SELECT m.message_id, m.next_attempt_at AS due_at
 FROM outbox m
 WHERE m.destination = %(destination)s::text
@@ -12,7 +13,7 @@ WHERE m.destination = %(destination)s::text
       SELECT head.message_id
       FROM outbox head
       WHERE head.payment_id = m.payment_id AND head.destination = m.destination
-        AND head.delivered_at IS NULL AND head.dead_at IS NULL
+        AND coalesce(head.delivered_at, head.dead_at) IS NULL
       ORDER BY head.sequence
       LIMIT 1
   )

@@ -8,7 +8,7 @@ WHERE m.destination = %(destination)s::text
       SELECT head.message_id
       FROM outbox head
       WHERE head.payment_id = m.payment_id AND head.destination = m.destination
-        AND head.delivered_at IS NULL AND head.dead_at IS NULL
+        AND coalesce(head.delivered_at, head.dead_at) IS NULL
       ORDER BY head.sequence
       LIMIT 1
   )
