@@ -77,10 +77,12 @@ class Stage:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         counted: list[int] = []
-        yield lambda: tuple(counted)
-        process.terminate()
-        counted += [int(number) for number in process.stdout.read().split()]
-        process.wait()
+        try:
+            yield lambda: tuple(counted)
+        finally:
+            process.terminate()
+            counted += [int(number) for number in process.stdout.read().split()]
+            process.wait()
 
     def wrk(self, address: str, script: str, *, seconds: float, connections: int, **environment: str) -> dict[str, Any]:
         """Sends the requests of a script for so long; tells their rate, their latencies in ms, and how many failed."""
@@ -97,8 +99,8 @@ class Stage:
             "connections": connections,
             "requests": int(found(r"(\d+) requests in", told)),
             "per_second": float(found(r"Requests/sec:\s+([\d.]+)", told)),
-            "p50_ms": milliseconds(found(r"50%\s+(\S+)", told)),
-            "p99_ms": milliseconds(found(r"99%\s+(\S+)", told)),
+            "p50_ms": milliseconds(found(r"(?m)^ +50% +(\S+)", told)),
+            "p99_ms": milliseconds(found(r"(?m)^ +99% +(\S+)", told)),
             "errors": sum(map(int, failures)),
         }
 
@@ -112,8 +114,9 @@ def found(pattern: str, text: str) -> str:
 
 def milliseconds(text: str) -> float:
     """A duration as wrk writes it."""
-    number, unit = re.fullmatch(r"([\d.]+)([a-z]+)", text).groups()  # type: ignore[union-attr]
-    return round(float(number) * UNITS[unit], 3)
+    match = re.fullmatch(r"([\d.]+)([a-z]+)", text)
+    assert match is not None, text
+    return round(float(match[1]) * UNITS[match[2]], 3)
 
 
 def free_port() -> int:

@@ -38,9 +38,9 @@ def relay(
             "nobody to tell: set ORDER_SERVICE_URL, INVENTORY_SERVICE_URL or NOTIFICATION_SERVICE_URL"
         )
     if once:
-        _print_tally(*run(_drain(settings)))
+        _print_tally(*run(_drain(settings), busy=True))
     else:
-        run(_relay(settings))
+        run(_relay(settings), busy=True)
 
 
 async def _drain(settings: "Settings") -> "tuple[Mapping[Destination, Tally], dict[str, int]]":

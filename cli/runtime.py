@@ -41,10 +41,14 @@ def settings_of_server() -> "Settings":
     return settings
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code."""
-    # On Windows psycopg needs the selector loop.
-    factory = asyncio.SelectorEventLoop if sys.platform == "win32" else None
+def run(work: Coroutine[Any, Any, T], *, busy: bool = False) -> T:
+    """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code. One that will be `busy` gets the
+    faster event loop, which takes longer to import."""
+    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    if sys.platform == "win32":
+        factory = asyncio.SelectorEventLoop  # psycopg needs it
+    elif busy:
+        from uvloop import new_event_loop as factory
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(work)

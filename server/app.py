@@ -2,25 +2,24 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from http import HTTPStatus
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eci_pay.background import background_tasks
-from eci_pay.errors import PayError
 from eci_pay.logs import configure_logs
 from eci_pay.service import PaymentService, open_database, payment_service
 from eci_pay.settings import Settings, load_settings
-from server.middleware import BodyLimit, RequestIds
-from server.problems import handle_error, handle_http_exception
+from server.middleware import BodyLimit, Requests
 from server.routes import ROUTES
 
 ServiceFactory = Callable[[], AbstractAsyncContextManager[PaymentService]]
 
 
-def create_app() -> Starlette:
+def create_app() -> ASGIApp:
     """The application of a worker: settings and logs from the environment, the service for as long as it runs."""
     settings = load_settings()
     configure_logs(settings.log_level)
@@ -33,25 +32,24 @@ def create_app() -> Starlette:
     return build_app(settings, service_of_worker)
 
 
-def build_app(settings: Settings, open_service: ServiceFactory) -> Starlette:
-    """The application over a service that is opened when it starts and closed when it has stopped."""
+def build_app(settings: Settings, open_service: ServiceFactory) -> ASGIApp:
+    """The application over a service that is opened when it starts and closed when it has stopped.
+
+    Of Starlette's layers only the router is there: those that turn exceptions into responses cost as much as it, and
+    `Requests` does that anyway.
+    """
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(_: Router) -> AsyncIterator[dict[str, Any]]:
         async with (
             open_service() as service,
             background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve, recovers=True),
         ):
             yield {"service": service, "service_name": settings.service_name}
 
-    app = Starlette(
-        routes=ROUTES,
-        middleware=[
-            Middleware(RequestIds),
-            Middleware(BodyLimit, max_bytes=settings.eci_pay_body_max_bytes),
-        ],
-        exception_handlers={PayError: handle_error, HTTPException: handle_http_exception},
-        lifespan=lifespan,
-    )
-    app.router.redirect_slashes = False
-    return app
+    router = Router(ROUTES, redirect_slashes=False, default=_nothing_here, lifespan=lifespan)
+    return Requests(BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes))
+
+
+async def _nothing_here(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise HTTPException(HTTPStatus.NOT_FOUND, "There is nothing at this path.")

@@ -1,4 +1,7 @@
-"""What every request passes: its id, its log line, and the limit of its body. Plain ASGI, for it is on the hot path."""
+"""What every request passes: its id, its errors, its log line, and the limit of its body.
+
+Plain ASGI, for it is on the hot path.
+"""
 
 import logging
 import time
@@ -8,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.context import bind_origin
 from server.headers import header_value, header_values
-from server.problems import bug_response, http_problem
+from server.problems import http_problem, response_to
 
 STATUS_CLIENT_GONE = 499
 """In the log: the client went before it had sent its body. Nothing was begun. (nginx's number; never sent.)"""
@@ -16,8 +19,9 @@ STATUS_CLIENT_GONE = 499
 _log = logging.getLogger("server.requests")
 
 
-class RequestIds:
-    """Takes over `X-Request-ID` or makes one, returns it with every response, and logs one line per request."""
+class Requests:
+    """Takes over `X-Request-ID` or makes one, returns it with every response, answers what was raised with a problem
+    document, and logs one line per request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -48,7 +52,7 @@ class RequestIds:
         except Exception as error:
             if status:
                 raise
-            await bug_response(error)(scope, receive, send_with_id)
+            await response_to(error)(scope, receive, send_with_id)
         finally:
             _log.info(
                 "request",

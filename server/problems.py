@@ -4,7 +4,6 @@ import http
 import logging
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from eci_pay import errors
@@ -48,28 +47,27 @@ def status_of(error: errors.PayError) -> int:
     return next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
 
 
-async def handle_error(_: Request, error: Exception) -> Response:
-    """Renders an error of the service layer."""
-    assert isinstance(error, errors.PayError)
+def response_to(error: Exception) -> Response:
+    """What a request is answered that ended in an error."""
+    match error:
+        case errors.PayError():
+            return _refusal(error)
+        case HTTPException():
+            # What the router and the framework refuse: unknown paths and methods, media types.
+            return http_problem(error.status_code, error.detail, dict(error.headers or {}))
+        case _:
+            # Nobody foresaw it: the caller learns the request id, the log the rest.
+            _log.error("unexpected error", exc_info=error)
+            return http_problem(500, "An unexpected error occurred; it has been logged under this request id.", {})
+
+
+def _refusal(error: errors.PayError) -> Response:
     status = status_of(error)
     if isinstance(error, errors.Unavailable):
         _log.warning("unavailable: %s", error.detail)
     retry_after = RETRY_AFTER_SECONDS.get(error.code)
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return ProblemResponse(problem_of(error, status), status_code=status, headers=headers)
-
-
-async def handle_http_exception(_: Request, error: Exception) -> Response:
-    """Renders what the router and the framework refuse: unknown paths and methods, large bodies."""
-    assert isinstance(error, HTTPException)
-    detail = "There is nothing at this path." if error.status_code == http.HTTPStatus.NOT_FOUND else error.detail
-    return http_problem(error.status_code, detail, dict(error.headers or {}))
-
-
-def bug_response(error: Exception) -> Response:
-    """Renders what nobody foresaw; the caller learns the request id, the log the rest."""
-    _log.error("unexpected error", exc_info=error)
-    return http_problem(500, "An unexpected error occurred; it has been logged under this request id.", {})
 
 
 def http_problem(status: int, detail: str, headers: dict[str, str]) -> Response:

@@ -22,6 +22,8 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
         port=port,
         workers=workers,
         lifespan="on",
+        ws="none",
+        proxy_headers=False,  # nobody asks who the client is
         log_config=None,
         access_log=False,
         server_header=False,
