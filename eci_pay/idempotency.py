@@ -69,8 +69,10 @@ def request_hash(operation: str, request: Request) -> str:
         # Another card is another request, though what the token says must not be found in the hash's source.
         token = request.payment_token.get_secret_value()
         fields["payment_token"] = hashlib.sha256(token.encode()).hexdigest()
-    canonical = json.dumps([operation, fields], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode([operation, fields]).encode()).hexdigest()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def is_expired(row: Row, now: datetime) -> bool:

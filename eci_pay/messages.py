@@ -101,7 +101,14 @@ class Subject:
     @classmethod
     def of_view(cls, view: PaymentView) -> "Subject":
         """The subject of messages about a payment that is at hand."""
-        return cls(**{field.name: getattr(view, field.name) for field in fields(cls)})
+        return cls(
+            payment_id=view.payment_id,
+            order_id=view.order_id,
+            user_id=view.user_id,
+            amount=view.amount,
+            currency=view.currency,
+            reference=view.reference,
+        )
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Subject":
