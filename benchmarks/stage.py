@@ -6,16 +6,48 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from eci_pay.database import connect
-from eci_pay.messages import Destination
+from psycopg.conninfo import make_conninfo
 
+from eci_pay.database import connect, create_database, drop_database
+from eci_pay.messages import Destination
+from eci_pay.migrations import bundled_migrations, migrate
+
+DATABASE = "eci_pay_benchmark"
 COMMAND = str(Path(sys.executable).parent / "eci-pay")
 UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
+
+
+class Template:
+    """A migrated, empty database, to be copied for each measurement."""
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+
+    async def __aenter__(self) -> "Template":
+        await drop_database(self._server, DATABASE)
+        await migrate(await create_database(self._server, DATABASE), bundled_migrations())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await drop_database(self._server, DATABASE)
+
+    @asynccontextmanager
+    async def copy(self) -> AsyncIterator[str]:
+        """The URL of a copy, which is gone at the end."""
+        name = f"{DATABASE}_copy"
+        await drop_database(self._server, name)
+        async with await connect(self._server) as connection:
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {DATABASE}".encode())
+            await connection.execute(b"CHECKPOINT")
+        try:
+            yield make_conninfo(self._server, dbname=name)
+        finally:
+            await drop_database(self._server, name)
 
 
 class Stage:
@@ -27,7 +59,6 @@ class Stage:
         self.environment = {
             **os.environ,
             "DATABASE_URL": url,
-            "LOG_LEVEL": "WARNING",
             "ECI_PAY_RELAY_IN_SERVE": "false",
             **{
                 f"{name.upper()}_SERVICE_URL": f"http://127.0.0.1:{port}"
@@ -51,8 +82,10 @@ class Stage:
 
     @contextmanager
     def running(self, *arguments: str, **environment: str) -> Iterator[None]:
-        """Runs one of our commands, and ends it as an operator would."""
-        process = subprocess.Popen([COMMAND, *arguments], env={**self.environment, **environment})
+        """Runs one of our commands, its log lines written to nowhere, and ends it as an operator would."""
+        process = subprocess.Popen(
+            [COMMAND, *arguments], env={**self.environment, **environment}, stderr=subprocess.DEVNULL
+        )
         try:
             yield
         finally:
