@@ -1,48 +1,67 @@
-"""Composes the SELECTs of lists from their filters, over the SQLModel tables."""
+"""Composes the SELECTs of lists over the SQLModel tables: one text for each set of filters, made once."""
 
+from enum import Enum
+from functools import cache
 from typing import Any
 
+from sqlalchemy import BigInteger, bindparam
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import ClauseElement
 from sqlmodel import col, func, select
-from sqlmodel.sql.expression import SelectOfScalar
 
 from eci_pay.models import Payment
 from eci_pay.requests import ListRequest
 
 _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
-
-def page_statement(request: ListRequest) -> SelectOfScalar[Payment]:
-    """The rows of the page and one more, which tells whether there is a next page."""
-    statement = _filtered(select(Payment), request)
-    if request.cursor is not None:
-        statement = statement.where(col(Payment.payment_id) < request.cursor)
-    offset = ((request.page or 1) - 1) * request.page_size
-    return statement.order_by(col(Payment.payment_id).desc()).offset(offset).limit(request.page_size + 1)
-
-
-def count_statement(request: ListRequest, count_max: int) -> SelectOfScalar[int]:
-    """The number of rows of all pages, counted no further than `count_max`."""
-    counted = _filtered(select(Payment.payment_id), request).limit(count_max).subquery()
-    return select(func.count().label("total")).select_from(counted)
+_CONDITIONS = {
+    "status": col(Payment.status) == bindparam("status"),
+    "payment_method": col(Payment.payment_method) == bindparam("payment_method"),
+    "user_id": col(Payment.user_id) == bindparam("user_id"),
+    "created_from": col(Payment.created_at) >= bindparam("created_from"),
+    "created_to": col(Payment.created_at) < bindparam("created_to"),
+    "cursor": col(Payment.payment_id) < bindparam("cursor"),
+}
+"""By the field of a request that asks for it."""
 
 
-def compiled(statement: ClauseElement) -> tuple[str, dict[str, Any]]:
-    """The text and the parameters of a statement, as psycopg takes them."""
-    result = statement.compile(dialect=_DIALECT)
-    return str(result), dict(result.params)
+def page_statement(request: ListRequest) -> tuple[str, dict[str, Any]]:
+    """The rows of the page and one more, which tells whether there is a next page; with its parameters."""
+    params = _params(request, *_CONDITIONS)
+    limits = {"row_offset": ((request.page or 1) - 1) * request.page_size, "row_limit": request.page_size + 1}
+    return _page_text(frozenset(params)), {**params, **limits}
 
 
-def _filtered(statement: SelectOfScalar[Any], request: ListRequest) -> SelectOfScalar[Any]:
-    if request.status is not None:
-        statement = statement.where(col(Payment.status) == request.status.value)
-    if request.payment_method is not None:
-        statement = statement.where(col(Payment.payment_method) == request.payment_method.value)
-    if request.user_id is not None:
-        statement = statement.where(col(Payment.user_id) == request.user_id)
-    if request.created_from is not None:
-        statement = statement.where(col(Payment.created_at) >= request.created_from)
-    if request.created_to is not None:
-        statement = statement.where(col(Payment.created_at) < request.created_to)
-    return statement
+def count_statement(request: ListRequest, count_max: int) -> tuple[str, dict[str, Any]]:
+    """The number of rows of all pages, counted no further than `count_max`; with its parameters."""
+    params = _params(request, *(name for name in _CONDITIONS if name != "cursor"))
+    return _count_text(frozenset(params)), {**params, "row_limit": count_max}
+
+
+def _params(request: ListRequest, *names: str) -> dict[str, Any]:
+    given = request.model_dump(mode="python", include=set(names), exclude_none=True)
+    return {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
+
+
+@cache
+def _page_text(conditions: frozenset[str]) -> str:
+    newest_first = select(Payment).where(*_where(conditions)).order_by(col(Payment.payment_id).desc())
+    return _compiled(newest_first.offset(_parameter("row_offset")).limit(_parameter("row_limit")))
+
+
+@cache
+def _count_text(conditions: frozenset[str]) -> str:
+    counted = select(Payment.payment_id).where(*_where(conditions)).limit(_parameter("row_limit")).subquery()
+    return _compiled(select(func.count().label("total")).select_from(counted))
+
+
+def _where(conditions: frozenset[str]) -> list[Any]:
+    return [condition for name, condition in _CONDITIONS.items() if name in conditions]
+
+
+def _parameter(name: str) -> Any:
+    return bindparam(name, type_=BigInteger)
+
+
+def _compiled(statement: ClauseElement) -> str:
+    return str(statement.compile(dialect=_DIALECT))

@@ -1,15 +1,13 @@
 """Reads of payments: by id, by order, by transaction, and filtered pages."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import PaymentNotFound
+from eci_pay.group_commit import GroupCommit
 from eci_pay.requests import TRANSACTION_ID_LENGTH_MAX, ListRequest
 from eci_pay.views import PaymentPage, PaymentView
-
-if TYPE_CHECKING:
-    from sqlalchemy.sql import ClauseElement
 
 TOTAL_MAX = 10_000
 """How far a list counts: beyond, its total is this and not exact."""
@@ -18,22 +16,24 @@ TOTAL_MAX = 10_000
 class Payments:
     """Every method raises PaymentNotFound where one payment is asked for, and Unavailable."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, read_payment: GroupCommit[int, Row | None]) -> None:
         self._database = database
+        self._read_payment = read_payment
 
     async def by_id(self, payment_id: int | None) -> PaymentView:
         """The payment with this id; None is the id of no payment."""
-        rows = [] if payment_id is None else await self._database.read("payments_by_id", _ids(payment_id))
-        if not rows:
+        row = None if payment_id is None else await self._read_payment(payment_id)
+        if row is None:
             raise PaymentNotFound(
                 "there is no payment with this id" if payment_id is None else f"there is no payment {payment_id}"
             )
-        return PaymentView.of_row(rows[0])
+        return PaymentView.of_row(row)
 
     async def with_begin_id(self, payment_id: int) -> tuple[PaymentView, str | None]:
         """The payment and the `begin_id` of its latest attempt, in one snapshot."""
-        rows = await self._database.read("payments_by_id", _ids(payment_id))
-        return PaymentView.of_row(rows[0]), rows[0]["begin_id"]
+        row = await self._read_payment(payment_id)
+        assert row is not None, "payments are never deleted"
+        return PaymentView.of_row(row), row["begin_id"]
 
     async def by_order(self, order_id: int | None) -> PaymentView:
         """The one payment of an order."""
@@ -56,8 +56,8 @@ class Payments:
         """One page of payments, newest first, without their histories."""
         from eci_pay.listing import count_statement, page_statement
 
-        counted = await self._select(count_statement(request, TOTAL_MAX + 1))
-        found = await self._select(page_statement(request))
+        counted = await self._database.read_text(*count_statement(request, TOTAL_MAX + 1))
+        found = await self._database.read_text(*page_statement(request))
         views = tuple(PaymentView.of_row(row) for row in found[: request.page_size])
         total = int(counted[0]["total"])
         return PaymentPage(
@@ -73,10 +73,12 @@ class Payments:
         rows = await self._database.read(name, params)
         return int(rows[0]["payment_id"]) if rows else None
 
-    async def _select(self, statement: "ClauseElement") -> list[Row]:
-        from eci_pay.listing import compiled
 
-        return await self._database.read_text(*compiled(statement))
+async def read_payments(database: Database, payment_ids: Sequence[int]) -> list[Row | None]:
+    """The rows of `payments_by_id.sql`, in the order of their ids; None where there is no such payment."""
+    rows = await database.read("payments_by_id", _ids(*payment_ids))
+    by_id = {row["payment_id"]: row for row in rows}
+    return [by_id.get(payment_id) for payment_id in payment_ids]
 
 
 async def views_of(connection: Connection, payment_ids: list[int]) -> dict[int, PaymentView]:

@@ -23,7 +23,7 @@ from eci_pay.looks import Looks, Schedule
 from eci_pay.messages import Destination, Messages, service_urls
 from eci_pay.migrations import bundled_migrations, check_schema, migrate
 from eci_pay.outbox import Outbox
-from eci_pay.payments import Payments
+from eci_pay.payments import Payments, read_payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
 from eci_pay.refund_records import begin_refunds, settle_refunds
@@ -102,7 +102,7 @@ async def payment_service(
 ) -> AsyncIterator[PaymentService]:
     """The service over the database at `url`; at its end, it waits for what has begun."""
     database = Database(url, settings)
-    payments = Payments(database)
+    payments = Payments(database, _group(settings, partial(read_payments, database)))
     calls = GatewayCalls(gateway or configured_gateway(settings), Limits.of(settings), clock)
     phases = Phases(database=database, settle_retry_seconds=settings.eci_pay_settle_retry_seconds)
     messages = Messages(frozenset(service_urls(settings)))

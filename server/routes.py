@@ -34,10 +34,10 @@ class Resource:
 
 TABLE: dict[str, dict[str, Handler]] = {
     "/v1/payments/charge": {"POST": payments.charge},
+    "/v1/payments/{payment_id}": {"GET": payments.show, "DELETE": payments.cancel},
     "/v1/payments": {"GET": payments.list_payments, "POST": payments.create},
     "/v1/payments/order/{order_id}": {"GET": payments.show_order},
     "/v1/payments/transaction/{transaction_id}": {"GET": payments.show_transaction},
-    "/v1/payments/{payment_id}": {"GET": payments.show, "DELETE": payments.cancel},
     "/v1/payments/{payment_id}/refund": {"POST": payments.refund},
     "/v1/payments/{payment_id}/status": {"PATCH": payments.update_status},
     "/v1/gateway/events": {"POST": gateway_events.take},
@@ -47,6 +47,6 @@ TABLE: dict[str, dict[str, Handler]] = {
     "/health/ready": {"GET": health.ready},
     "/metrics": {"GET": metrics.metrics},
 }
-"""Order matters where a path fits two patterns: the first one has it."""
+"""Order matters: the first pattern that a path fits has it, and they are tried one by one."""
 
 ROUTES = [Route(path, Resource(handlers)) for path, handlers in TABLE.items()]

@@ -7,7 +7,6 @@ import pytest
 
 from eci_pay import idempotency
 from eci_pay.answers import Answer
-from eci_pay.database import Database
 from eci_pay.errors import IdempotencyKeyInFlight, OrderAlreadyPaid, OrderExists, OrderInProgress, Unavailable
 from eci_pay.gateways import GatewayCharge, GatewayRefund, GatewayUnavailable, Outcome
 from eci_pay.idempotency import Finish
@@ -78,8 +77,8 @@ class FirstUnreachable(RecordingGateway):
 class Leisurely(Payments):
     """Stops before it reads a payment, and again when it has."""
 
-    def __init__(self, database: Database) -> None:
-        super().__init__(database)
+    def __init__(self, payments: Payments) -> None:
+        super().__init__(payments._database, payments._read_payment)
         self.arrived, self.may_read = asyncio.Event(), asyncio.Event()
         self.has_read, self.may_return = asyncio.Event(), asyncio.Event()
 
@@ -142,7 +141,7 @@ async def test_a_replayer_of_a_released_claim_stores_nothing_into_the_claim_that
     async with opened(gateway=gateway) as busy:
         first = asyncio.create_task(ask(busy, kind))
         await gateway.asked(1)
-        leisurely = Leisurely(busy.database)
+        leisurely = Leisurely(busy.payments)
         replayer = asyncio.create_task(ask(busy, kind, leisurely))
         await happened(leisurely.arrived)
         gateway.may_refuse.set()
@@ -205,7 +204,7 @@ async def test_a_replay_while_its_key_is_released_is_told_in_flight_and_never_th
     async with opened(gateway=gateway) as busy:
         first = asyncio.create_task(ask(busy, kind))
         await gateway.asked(1)
-        leisurely = Leisurely(busy.database)
+        leisurely = Leisurely(busy.payments)
         replayer = asyncio.create_task(ask(busy, kind, leisurely))
         await happened(leisurely.arrived)
         gateway.may_refuse.set()
