@@ -93,6 +93,10 @@ class Stage:
             exit_code = process.wait()
         assert exit_code == 0, f"{arguments}: {exit_code}"
 
+    def run(self, *arguments: str) -> None:
+        """Runs one of our commands to its end."""
+        subprocess.run([COMMAND, *arguments], env=self.environment, check=True, capture_output=True)
+
     @contextmanager
     def serving(self, *, workers: int = 1, **environment: str) -> Iterator[str]:
         """Runs a server; yields its address."""
