@@ -81,13 +81,13 @@ class Stage:
             return value
 
     @contextmanager
-    def running(self, *arguments: str, **environment: str) -> Iterator[None]:
+    def running(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
         """Runs one of our commands, its log lines written to nowhere, and ends it as an operator would."""
         process = subprocess.Popen(
             [COMMAND, *arguments], env={**self.environment, **environment}, stderr=subprocess.DEVNULL
         )
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             exit_code = process.wait()
