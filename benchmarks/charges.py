@@ -90,8 +90,8 @@ def reference_script() -> str:
         text = PLACEHOLDER.sub(lambda match: all_values[match[1].decode()].encode(), statement(name)).decode()
         return " ".join(text.split())
 
-    begin = filled("charge_begin", BEGIN_VALUES, takes_over="true")
-    settle = filled("charge_settle", SETTLE_VALUES)
+    begin = filled("charge_begin", BEGIN_VALUES, takes_over="true", lock_wait="NULL")
+    settle = filled("charge_settle", SETTLE_VALUES, lock_wait="NULL")
     return f"\\set i :i + 1\n\\set order_id :first + :client_id * 10000000 + :i\n{begin} \\gset\n{settle};\n"
 
 

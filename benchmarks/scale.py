@@ -34,7 +34,7 @@ PAGES = 20
 """How many of each list are timed."""
 
 PAYMENTS = """
-SELECT n AS payment_id, n AS order_id, 1 + (hashint8(n) & 1048575) AS user_id, 1 + n % 9000 AS amount, 'INR' AS currency,
+SELECT n AS payment_id, n AS order_id, 1 + (hashint8(n) & 1048575) AS user_id, 1 + n % 9000 AS amount, 'INR',
        (ARRAY['UPI', 'CREDIT_CARD', 'DEBIT_CARD', 'NET_BANKING', 'COD', 'WALLET'])[1 + n % 6] AS payment_method,
        CASE WHEN n % 1000 = 0 THEN 'PENDING' WHEN n % 100 = 1 THEN 'CANCELLED' WHEN n % 25 = 2 THEN 'FAILED'
             ELSE 'COMPLETED' END AS status,

@@ -5,6 +5,7 @@ waits for the next round, a bad row does not fail its neighbours, and a lost con
 anything is run again.
 """
 
+import copy
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -15,11 +16,17 @@ from psycopg import errors
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import ConnectionLost, Unavailable
 
+MOMENT = "100ms"
+"""How long a statement that must not keep others waiting waits for a lock."""
 BEGIN_TRIES_MAX = 20
 """How often a begin that lost a race is run again with a new snapshot."""
 
 T = TypeVar("T")
 R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+
+_REJECTIONS = (psycopg.Error, UnicodeError)
+"""What one row may be refused for, by the database or on the way there."""
 
 
 class BeginRow(Protocol):
@@ -78,6 +85,11 @@ def rounds(claims: Sequence[tuple[Hashable, ...]]) -> Iterator[list[int]]:
         waiting = next_round
 
 
+def lock_wait(*, patient: bool) -> str | None:
+    """The parameter of that name, with which a statement bounds its waits for locks; None leaves it to the settings."""
+    return None if patient else MOMENT
+
+
 async def settle(rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Sequence[R]]]) -> list[R | Exception]:
     """Runs all rows together; where the database rejects the batch, each alone, so that only the bad row fails.
 
@@ -86,8 +98,8 @@ async def settle(rows: Sequence[T], run: Callable[[Sequence[T]], Awaitable[Seque
     try:
         return list(await run(rows))
     except Unavailable as error:
-        return [error] * len(rows)
-    except psycopg.Error as error:
+        return [apart(error) for _ in rows]
+    except _REJECTIONS as error:
         if len(rows) == 1:
             return [error]
     return [result for row in rows for result in await settle([row], run)]
@@ -132,7 +144,7 @@ async def _begin_round(passes: "_Passes", rows: Sequence[BeginRow]) -> list[Begi
         except Unavailable as error:
             failure = error
             break
-        except psycopg.Error as error:
+        except _REJECTIONS as error:
             failure = error
             if len(waiting) - len(found) == 1:
                 break
@@ -141,7 +153,12 @@ async def _begin_round(passes: "_Passes", rows: Sequence[BeginRow]) -> list[Begi
                     (results[number],) = await _begin_round(passes, [rows[number]])
         finally:
             results.update({waiting[n]: result for n, result in found.items()})
-    return [results.get(number, failure) for number in range(len(rows))]
+    return [results.get(number) or apart(failure) for number in range(len(rows))]
+
+
+def apart(error: E) -> E:
+    """The error for one of many: whoever raises it adds to its own traceback."""
+    return copy.copy(error).with_traceback(None)
 
 
 class _Passes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer, created
-from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle, standing
+from eci_pay.batches import BeginResult, BeginStatements, begin, lock_wait, rounds, settle, standing
 from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
@@ -145,9 +145,10 @@ class ChargeSettlement:
         }
 
 
-async def begin_charges(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
-    """Records every row or tells why not, in order. All rows must agree on `takes_over`."""
-    return await begin(database, _STATEMENTS, rows, {"takes_over": _takes_over(rows)})
+async def begin_charges(database: Database, rows: Sequence[ChargeBegin], patient: bool = True) -> list[BeginResult]:
+    """Records every row or tells why not, in order. All rows must agree on `takes_over`. Unless it is `patient`, it
+    waits for locks only a moment: what is locked is Busy, and so may be what shares the statement with it."""
+    return await begin(database, _STATEMENTS, rows, _parameters(rows, patient))
 
 
 async def standing_of_charge(database: Database, row: ChargeBegin) -> Row:
@@ -155,7 +156,7 @@ async def standing_of_charge(database: Database, row: ChargeBegin) -> Row:
     return await standing(database, _STATEMENTS, row)
 
 
-async def record_pending(database: Database, rows: Sequence[ChargeBegin]) -> list[BeginResult]:
+async def record_pending(database: Database, rows: Sequence[ChargeBegin], patient: bool = True) -> list[BeginResult]:
     """As `begin_charges`, for payments that ask no gateway: the answers of their keys are in the same commit.
 
     What has begun has its `answer` beside its columns, unless that was lost with a connection.
@@ -174,11 +175,13 @@ async def record_pending(database: Database, rows: Sequence[ChargeBegin]) -> lis
         ]
         await finish(connection, finishes)
 
-    return await begin(database, _STATEMENTS, rows, {"takes_over": _takes_over(rows)}, answer)
+    return await begin(database, _STATEMENTS, rows, _parameters(rows, patient), answer)
 
 
-async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -> list[bool | Exception]:
-    """Books every row; tells, in order, whether it was this settlement that changed the payment.
+async def settle_charges(
+    database: Database, rows: Sequence[ChargeSettlement], patient: bool = True
+) -> list[bool | Exception]:
+    """Books every row; tells, in order, whether it was this settlement that changed the payment. Patience as above.
 
     False means that somebody else settled the attempt before, an exception that this row was not booked.
     Running it again is safe.
@@ -186,7 +189,8 @@ async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -
 
     async def run(batch: Sequence[ChargeSettlement]) -> list[bool]:
         told = message_arrays([row.messages for row in batch])
-        found = await database.fetch("charge_settle", {**arrays([row.columns() for row in batch]), **told})
+        columns = arrays([row.columns() for row in batch])
+        found = await database.fetch("charge_settle", {**columns, **told, "lock_wait": lock_wait(patient=patient)})
         applied = {row["n"] for row in found}
         return [number in applied for number in range(len(batch))]
 
@@ -197,7 +201,7 @@ async def settle_charges(database: Database, rows: Sequence[ChargeSettlement]) -
     return [results[number] for number in range(len(rows))]
 
 
-def _takes_over(rows: Sequence[ChargeBegin]) -> bool:
+def _parameters(rows: Sequence[ChargeBegin], patient: bool) -> dict[str, Any]:
     decisions = {row.takes_over for row in rows}
     assert len(decisions) == 1, "creations and charges are separate batches"
-    return decisions.pop()
+    return {"takes_over": decisions.pop(), "lock_wait": lock_wait(patient=patient)}

@@ -20,7 +20,7 @@ from psycopg.types.numeric import Int8
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from eci_pay.errors import ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable
+from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable
 from eci_pay.settings import Settings
 from eci_pay.statements import statement
 
@@ -40,7 +40,6 @@ READ_TRIES_MAX = 3
 """How often a read is run before the loss of its connection is passed on."""
 
 _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
-_BUSY = (errors.LockNotAvailable, errors.QueryCanceled)
 _SCHEMA = (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction)
 _OUT_OF_ORDER = (
     psycopg.OperationalError,
@@ -162,8 +161,10 @@ class Database:
         except TimeoutError as error:
             # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
             raise DatabaseSilent(f"the database did not answer within {self._limit_seconds:.0f} s") from error
-        except _BUSY as error:
-            raise Unavailable(f"the database is busy: {error}") from error
+        except errors.LockNotAvailable as error:
+            raise Busy(f"the database is busy: {_first_line(error)}") from error
+        except errors.QueryCanceled as error:
+            raise Unavailable(f"the database is busy: {_first_line(error)}") from error
         except _SCHEMA as error:
             raise SchemaOutdated(f"{_first_line(error)}: run `eci-pay migrate`") from error
         except _OUT_OF_ORDER as error:
@@ -198,7 +199,10 @@ def _bound(value: Any) -> Any:
 
 def array_text(values: Sequence[Any]) -> str:
     """The values as PostgreSQL reads an array (8.15.2 and 8.15.6 of its manual)."""
-    return f"{{{','.join([_ELEMENTS[type(value)](value) for value in values])}}}"
+    try:
+        return f"{{{','.join([_ELEMENTS[type(value)](value) for value in values])}}}"
+    except KeyError as error:
+        raise psycopg.DataError(f"there is no array of {error}") from None
 
 
 def _quoted(text: str) -> str:

@@ -193,6 +193,10 @@ class Unavailable(PayError):
     code = "unavailable"
 
 
+class Busy(Unavailable):
+    """Somebody else has locked what is wanted"""
+
+
 class ConnectionLost(Unavailable):
     """The connection to the database was lost"""
 

@@ -1,89 +1,178 @@
 """Group commit: what concurrent requests of one process write at the same moment shares a statement and a commit.
 
 A lone request is written at once. While a batch is on its way to the database, others gather and go with the next one;
-so the load itself makes the batches, and nobody waits for company. What a batch may hold and how many may wait is
-bounded: beyond, a request is refused before anything is recorded.
+so the load itself makes the batches, and nobody waits for company. What a batch may hold, how many may wait and for how
+long is bounded: beyond, a request is refused before anything is recorded. A row that somebody has locked leaves its
+batch, and waits for the lock by itself.
 """
 
 import asyncio
 import contextvars
+import copy
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from eci_pay.errors import Unavailable
+from eci_pay.errors import Busy, Unavailable
+
+ALONE_MAX = 4
+"""How many rows that have left their batch are written at a time; and as many more that wait for a lock."""
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
-Write = Callable[[Sequence[Row]], Awaitable[Sequence[Result]]]
+Write = Callable[[Sequence[Row], bool], Awaitable[Sequence[Result]]]
+
+
+@dataclass(eq=False, slots=True)
+class _Entry(Generic[Row, Result]):
+    """A row that is to be written, and whoever waits for its result."""
+
+    row: Row
+    claims: tuple[Hashable, ...]
+    future: "asyncio.Future[Result]"
+    asked_at: float
 
 
 class GroupCommit(Generic[Row, Result]):
-    """`write` is given rows and returns a result for each, in order; whatever it raises is raised for each of them.
+    """`write` is given rows, and whether it may wait for locks as long as any statement may, or only for a moment; it
+    returns a result for each row, in order. Those that are Busy are written again alone. What it raises is raised for
+    each row.
 
-    Up to `lanes` batches of up to `batch_max` rows are written at a time. With `queue_max` rows waiting, the next one
-    is refused; without, none is: for what must be written because money has moved.
+    Up to `lanes` batches of up to `batch_max` rows are written at a time, no two rows with the same claim: the second
+    one waits for the next batch. With `queue_max` rows waiting, the next one is refused, and so is one that has waited
+    for `wait_seconds`; without them none is: for what must be written because money has moved.
     """
 
-    def __init__(self, write: Write[Row, Result], *, lanes: int, batch_max: int, queue_max: int | None = None) -> None:
+    def __init__(
+        self,
+        write: Write[Row, Result],
+        *,
+        lanes: int,
+        batch_max: int,
+        claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
+        queue_max: int | None = None,
+        wait_seconds: float | None = None,
+    ) -> None:
         self._write = write
         self._lanes = lanes
         self._batch_max = batch_max
+        self._claims = claims
         self._queue_max = queue_max
-        self._waiting: deque[tuple[Row, asyncio.Future[Result]]] = deque()
+        self._wait_seconds = wait_seconds
+        self._waiting: deque[_Entry[Row, Result]] = deque()
+        self._claimed: set[Hashable] = set()
+        """By the rows that are being written."""
         self._running = 0
+        self._alone = asyncio.Semaphore(ALONE_MAX)
+        self._patient = asyncio.Semaphore(ALONE_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
         """Only kept so that none is collected while it runs."""
 
     async def __call__(self, row: Row) -> Result:
-        """Writes a row, beside others if there are any. Raises Unavailable where too many wait.
+        """Writes a row, beside others if there are any. Raises Unavailable where too many wait, or it waits too long.
 
         Who stops waiting is not written, unless that has begun; the rest of the batch does not notice.
         """
         if self._queue_max is not None and len(self._waiting) >= self._queue_max:
             raise Unavailable("too many requests wait to be written; nothing was sent")
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((row, future))
-        if self._running < self._lanes:
+        loop = asyncio.get_running_loop()
+        entry = _Entry[Row, Result](row, self._claims(row), loop.create_future(), loop.time())
+        self._waiting.append(entry)
+        self._fill_lanes()
+        return await entry.future
+
+    def _fill_lanes(self) -> None:
+        if self._waiting and self._running < self._lanes:
             self._running += 1
-            # In a context of its own, for it writes for others too: its log lines have no request's id.
-            task = asyncio.get_running_loop().create_task(self._write_waiting(), context=contextvars.Context())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return await future
+            self._start(self._write_waiting()).add_done_callback(self._lane_ended)
+
+    def _lane_ended(self, lane: asyncio.Task[None]) -> None:
+        self._running -= 1
+        if lane.cancelled() or lane.exception() is not None:
+            self._fill_lanes()
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """In a context of its own, for it writes for others too: its log lines have no request's id."""
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _write_waiting(self) -> None:
         """Writes batch after batch until nobody waits. It begins after whoever asks in the same turn of the loop."""
-        try:
-            while batch := self._next_batch():
-                await self._write_batch(batch)
-        finally:
-            self._running -= 1
+        while batch := self._next_batch():
+            for entry in await self._written(batch, patient=False):
+                self._start(self._write_alone(entry, was_alone=len(batch) == 1))
 
-    async def _write_batch(self, batch: list[tuple[Row, asyncio.Future[Result]]]) -> None:
-        try:
-            results = await self._write([row for row, _ in batch])
-        except BaseException as error:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(_for_waiters(error))
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-
-    def _next_batch(self) -> list[tuple[Row, asyncio.Future[Result]]]:
-        batch: list[tuple[Row, asyncio.Future[Result]]] = []
+    def _next_batch(self) -> list[_Entry[Row, Result]]:
+        """The first of those that wait, without those whose claims are being written."""
+        batch: list[_Entry[Row, Result]] = []
+        later: list[_Entry[Row, Result]] = []
         while self._waiting and len(batch) < self._batch_max:
-            row, future = self._waiting.popleft()
-            if not future.done():
-                batch.append((row, future))
+            entry = self._waiting.popleft()
+            if entry.future.done():
+                continue
+            if self._has_waited_too_long(entry):
+                entry.future.set_exception(Unavailable("it took too long to be written; nothing was sent"))
+            elif self._claimed.isdisjoint(entry.claims):
+                self._claimed.update(entry.claims)
+                batch.append(entry)
+            else:
+                later.append(entry)
+        self._waiting.extendleft(reversed(later))
         return batch
 
+    def _has_waited_too_long(self, entry: _Entry[Row, Result]) -> bool:
+        waited_seconds = asyncio.get_running_loop().time() - entry.asked_at
+        return self._wait_seconds is not None and waited_seconds > self._wait_seconds
 
-def _for_waiters(error: BaseException) -> Exception:
-    """A cancelled batch is no cancellation of those that wait for it."""
-    return error if isinstance(error, Exception) else Unavailable(f"the batch was broken off: {type(error).__name__}")
+    async def _written(self, batch: list[_Entry[Row, Result]], *, patient: bool) -> list[_Entry[Row, Result]]:
+        """Writes rows and tells whoever waits; returns those that are locked, unless that was waited for."""
+        locked: list[_Entry[Row, Result]] = []
+        try:
+            results = await self._write([entry.row for entry in batch], patient)
+            for entry, result in zip(batch, results, strict=True):
+                if isinstance(result, Busy) and not patient:
+                    locked.append(entry)
+                else:
+                    self._tell(entry, result)
+        except BaseException as error:
+            for entry in batch:
+                self._fail(entry, error)
+            if not isinstance(error, Exception):
+                raise
+            return []
+        return locked
+
+    async def _write_alone(self, entry: _Entry[Row, Result], *, was_alone: bool) -> None:
+        """Writes a row that is locked, or has shared a batch with one. Which of them it is, shows when each is tried
+        for a moment; who is still locked then, waits as long as any statement may."""
+        try:
+            if not was_alone:
+                async with self._alone:
+                    was_alone = bool(await self._written([entry], patient=False))
+            if was_alone:
+                async with self._patient:
+                    await self._written([entry], patient=True)
+        except BaseException as error:
+            self._fail(entry, error)
+            raise
+        self._fill_lanes()  # with those that waited for its claims
+
+    def _tell(self, entry: _Entry[Row, Result], result: Result) -> None:
+        self._claimed.difference_update(entry.claims)
+        if not entry.future.done():
+            entry.future.set_result(result)
+
+    def _fail(self, entry: _Entry[Row, Result], error: BaseException) -> None:
+        self._claimed.difference_update(entry.claims)
+        if entry.future.done():
+            return
+        if isinstance(error, Exception):
+            # Each its own, for whoever raises it adds to its traceback.
+            entry.future.set_exception(copy.copy(error).with_traceback(None))
+        else:
+            # That a batch is cancelled does not cancel those that wait for it.
+            entry.future.set_exception(Unavailable(f"the batch was broken off: {type(error).__name__}"))

@@ -74,8 +74,9 @@ class Payments:
         return int(rows[0]["payment_id"]) if rows else None
 
 
-async def read_payments(database: Database, payment_ids: Sequence[int]) -> list[Row | None]:
-    """The rows of `payments_by_id.sql`, in the order of their ids; None where there is no such payment."""
+async def read_payments(database: Database, payment_ids: Sequence[int], _patient: bool = True) -> list[Row | None]:
+    """The rows of `payments_by_id.sql`, in the order of their ids; None where there is no such payment. Locks do not
+    keep it waiting, whatever its patience."""
     rows = await database.read("payments_by_id", _ids(*payment_ids))
     by_id = {row["payment_id"]: row for row in rows}
     return [by_id.get(payment_id) for payment_id in payment_ids]

@@ -7,7 +7,7 @@ from typing import Any
 
 from eci_pay import identifiers
 from eci_pay.answers import Answer
-from eci_pay.batches import BeginResult, BeginStatements, begin, rounds, settle, standing
+from eci_pay.batches import BeginResult, BeginStatements, begin, lock_wait, rounds, settle, standing
 from eci_pay.context import Origin, current_origin
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import InvalidState, PayError, PaymentNotFound, RefundExceedsBalance, ValidationFailed
@@ -134,10 +134,11 @@ class RefundSettlement:
         }
 
 
-async def begin_refunds(database: Database, rows: Sequence[RefundBegin]) -> list[BeginResult]:
-    """Reserves every row or tells why not, in order."""
+async def begin_refunds(database: Database, rows: Sequence[RefundBegin], patient: bool = True) -> list[BeginResult]:
+    """Reserves every row or tells why not, in order. Unless it is `patient`, it waits for locks only a moment: what is
+    locked is Busy, and so may be what shares the statement with it."""
     whole = {"whole_amount_currencies": list(whole_amount_currencies())}
-    return await begin(database, _STATEMENTS, rows, whole)
+    return await begin(database, _STATEMENTS, rows, {**whole, "lock_wait": lock_wait(patient=patient)})
 
 
 async def standing_of_refund(database: Database, row: RefundBegin) -> Row:
@@ -145,15 +146,18 @@ async def standing_of_refund(database: Database, row: RefundBegin) -> Row:
     return await standing(database, _STATEMENTS, row)
 
 
-async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -> list[Answer | Exception | None]:
-    """Books every row and finishes its key; returns, in order, what each caller is told.
+async def settle_refunds(
+    database: Database, rows: Sequence[RefundSettlement], patient: bool = True
+) -> list[Answer | Exception | None]:
+    """Books every row and finishes its key; returns, in order, what each caller is told. Patience as above.
 
     None means that somebody else settled the refund before, an exception that this row was not booked.
     Running it again is safe.
     """
 
     async def run(batch: Sequence[RefundSettlement]) -> list[Answer | None]:
-        return await database.transaction(lambda connection: _settle(connection, batch))
+        wait = lock_wait(patient=patient)
+        return await database.transaction(lambda connection: _settle(connection, batch, wait))
 
     results: dict[int, Answer | Exception | None] = {}
     for numbers in rounds([(row.payment_id,) for row in rows]):
@@ -162,11 +166,12 @@ async def settle_refunds(database: Database, rows: Sequence[RefundSettlement]) -
     return [results[number] for number in range(len(rows))]
 
 
-async def _settle(connection: Connection, rows: Sequence[RefundSettlement]) -> list[Answer | None]:
+async def _settle(connection: Connection, rows: Sequence[RefundSettlement], wait: str | None) -> list[Answer | None]:
     """In one transaction: other refunds of the payment may settle at any time, so the answers are made from a
     second look at the payments, which are locked by then, and not from what was known before."""
     told = message_arrays([row.messages for row in rows])
-    found = await fetch(connection, "refund_settle", {**arrays([row.columns() for row in rows]), **told})
+    columns = arrays([row.columns() for row in rows])
+    found = await fetch(connection, "refund_settle", {**columns, **told, "lock_wait": wait})
     applied = {rows[row["n"]].refund_id: rows[row["n"]] for row in found}
     views = await views_of(connection, [row.payment_id for row in applied.values()])
     answers = {refund_id: row.answer(views[row.payment_id]) for refund_id, row in applied.items()}

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from eci_pay.charge_records import begin_charges, record_pending, settle_charges
+from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
 from eci_pay.charge_settling import ChargeSettling
 from eci_pay.charges import Charges
 from eci_pay.database import Database
@@ -26,7 +26,7 @@ from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments, read_payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
-from eci_pay.refund_records import begin_refunds, settle_refunds
+from eci_pay.refund_records import RefundBegin, RefundSettlement, begin_refunds, settle_refunds
 from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
@@ -113,7 +113,7 @@ async def payment_service(
     )
     charge_settling = ChargeSettling(
         database=database,
-        settle_charge=_group(settings, partial(settle_charges, database), moves_money=True),
+        settle_charge=_group(settings, partial(settle_charges, database), claims=_payment_of, has_begun=True),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -121,7 +121,7 @@ async def payment_service(
     )
     refund_settling = RefundSettling(
         database=database,
-        settle_refund=_group(settings, partial(settle_refunds, database), moves_money=True),
+        settle_refund=_group(settings, partial(settle_refunds, database), claims=_payment_of, has_begun=True),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -139,9 +139,9 @@ async def payment_service(
         yield PaymentService(
             charges=Charges(
                 database=database,
-                begin_charge=_group(settings, partial(begin_charges, database)),
-                record_pending=_group(settings, partial(record_pending, database)),
-                record_created=_group(settings, partial(record_pending, database)),
+                begin_charge=_group(settings, partial(begin_charges, database), claims=ChargeBegin.claims),
+                record_pending=_group(settings, partial(record_pending, database), claims=ChargeBegin.claims),
+                record_created=_group(settings, partial(record_pending, database), claims=ChargeBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -151,7 +151,7 @@ async def payment_service(
             ),
             refunds=Refunds(
                 database=database,
-                begin_refund=_group(settings, partial(begin_refunds, database)),
+                begin_refund=_group(settings, partial(begin_refunds, database), claims=RefundBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -182,11 +182,23 @@ async def payment_service(
         await database.close()
 
 
-def _group(settings: Settings, write: Write[Row, Result], *, moves_money: bool = False) -> GroupCommit[Row, Result]:
-    """Coalesces writes of one kind. What books money that has moved is never refused: its begin could have been."""
+def _group(
+    settings: Settings,
+    write: Write[Row, Result],
+    *,
+    claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
+    has_begun: bool = False,
+) -> GroupCommit[Row, Result]:
+    """Coalesces requests of one kind. Of what has begun none is refused: the gateway was asked."""
     return GroupCommit(
         write,
         lanes=settings.eci_pay_group_commit_lanes,
         batch_max=settings.eci_pay_group_commit_batch_max,
-        queue_max=None if moves_money else settings.eci_pay_group_commit_queue_max,
+        claims=claims,
+        queue_max=None if has_begun else settings.eci_pay_group_commit_queue_max,
+        wait_seconds=None if has_begun else settings.eci_pay_group_commit_wait_seconds,
     )
+
+
+def _payment_of(settlement: ChargeSettlement | RefundSettlement) -> tuple[Hashable, ...]:
+    return (settlement.payment_id,)

@@ -117,7 +117,9 @@ class Settings(BaseSettings):
     eci_pay_group_commit_batch_max: int = Field(default=64, ge=1, le=1000)
     """The most rows of a batch."""
     eci_pay_group_commit_queue_max: int = Field(default=2000, ge=1)
-    """The most requests that wait to be begun; the next is refused."""
+    """The most requests of a kind that wait for a batch; the next is refused."""
+    eci_pay_group_commit_wait_seconds: Seconds = 5.0
+    """How long a request waits for a batch before it is refused."""
 
     eci_pay_send_deadline_seconds: Seconds = 30.0
     """After begin, how late a request may still be sent to the gateway."""

@@ -74,7 +74,7 @@ def http_problem(status: int, detail: str, headers: dict[str, str]) -> Response:
     """A problem that is HTTP's alone."""
     document = problem_document(
         status=status,
-        code=_CODE_OF_STATUS[status],
+        code=_CODE_OF_STATUS.get(status, f"http-{status}"),
         title=http.HTTPStatus(status).phrase,
         detail=detail,
         members={},

@@ -23,7 +23,7 @@ class Resource:
             self._handlers["HEAD"] = handlers["GET"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one request. What is raised, the application's exception handlers answer."""
+        """Handles one request. What is raised, `Requests` answers."""
         handler = self._handlers.get(scope["method"])
         if handler is None:
             detail = f"This path allows {self._allow}."

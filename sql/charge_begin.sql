@@ -6,8 +6,8 @@
 -- batches wait for each other instead of deadlocking. Where one key races for two orders, expires_at
 -- becomes NULL and the whole statement fails: run again, it sees the key and refuses only the offender.
 WITH request AS (
-    SELECT *
-    FROM unnest(
+    SELECT r.*
+    FROM set_config('lock_timeout', coalesce(%(lock_wait)s::text, current_setting('lock_timeout')), true), unnest(
         %(n)s::bigint[], %(order_id)s::bigint[], %(user_id)s::bigint[], %(amount)s::numeric[],
         %(currency)s::text[], %(payment_method)s::text[], %(reference)s::text[], %(begin_id)s::text[],
         %(status)s::text[], %(description)s::text[], %(at)s::timestamptz[],

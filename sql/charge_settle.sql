@@ -5,8 +5,8 @@
 -- idx_payments_status, tenfold slower under a long snapshot. A row whose payment is no longer PROCESSING
 -- in the same attempt was settled by somebody else; it is missing from the result.
 WITH settlement AS (
-    SELECT *
-    FROM unnest(
+    SELECT s.*
+    FROM set_config('lock_timeout', coalesce(%(lock_wait)s::text, current_setting('lock_timeout')), true), unnest(
         %(n)s::bigint[], %(order_id)s::bigint[], %(payment_id)s::bigint[], %(attempt)s::bigint[],
         %(status)s::text[], %(authorization_code)s::text[], %(gateway_response)s::text[],
         %(completed_at)s::timestamptz[], %(captured_at)s::timestamptz[], %(at)s::timestamptz[],

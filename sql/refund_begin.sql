@@ -6,8 +6,8 @@
 -- somebody was faster, so one that mixes both would be refused. The CHECKs refuse an over-refund even if this
 -- text were wrong. As in charge_begin, whoever is missing was refused, and a raced key makes the statement fail.
 WITH request AS (
-    SELECT *
-    FROM unnest(
+    SELECT r.*
+    FROM set_config('lock_timeout', coalesce(%(lock_wait)s::text, current_setting('lock_timeout')), true), unnest(
         %(n)s::bigint[], %(payment_id)s::bigint[], %(amount)s::numeric[], %(reason)s::text[],
         %(begin_id)s::text[], %(description)s::text[], %(at)s::timestamptz[],
         %(idempotency_key)s::text[], %(caller)s::text[], %(request_hash)s::text[],

@@ -5,8 +5,8 @@
 -- and lose the transition. A refund that is no longer PROCESSING is missing from the result.
 -- As in refund_begin, every column that a CHECK combines is set from the locked row.
 WITH settlement AS (
-    SELECT *
-    FROM unnest(
+    SELECT s.*
+    FROM set_config('lock_timeout', coalesce(%(lock_wait)s::text, current_setting('lock_timeout')), true), unnest(
         %(n)s::bigint[], %(order_id)s::bigint[], %(payment_id)s::bigint[], %(refund_id)s::bigint[],
         %(status)s::text[], %(gateway_reference)s::text[], %(gateway_response)s::text[],
         %(at)s::timestamptz[], %(description)s::text[],

@@ -144,7 +144,7 @@ async def test_a_key_that_another_session_is_claiming_is_waited_for(
 ) -> None:
     session = await sessions()
     raced = charge_begin(9, "k")
-    await fetch(session, "charge_begin", {**arrays([raced.columns()]), "takes_over": True})
+    await fetch(session, "charge_begin", {**arrays([raced.columns()]), "takes_over": True, "lock_wait": None})
     rows = [charge_begin(1, "a"), charge_begin(2, "k"), charge_begin(3, "z")]
     beginning = asyncio.create_task(begin_charges(service.database, rows))
     await until_lock_waits(books)
@@ -160,7 +160,8 @@ async def test_a_key_raced_by_a_charge_and_a_refund_goes_to_one_and_the_other_le
 ) -> None:
     payment_id, other = await paid(service, 1, 2)
     session = await sessions()
-    await fetch(session, "charge_begin", {**arrays([charge_begin(9, "k").columns()]), "takes_over": True})
+    begin = {**arrays([charge_begin(9, "k").columns()]), "takes_over": True, "lock_wait": None}
+    await fetch(session, "charge_begin", begin)
     rows = [refund_begin(payment_id, "10", "k"), refund_begin(other, "10", "z")]
     refunding = asyncio.create_task(begin_refunds(service.database, rows))
     await until_lock_waits(books)
@@ -251,7 +252,7 @@ async def test_what_has_begun_is_told_although_a_neighbour_could_not_be(
     rows[1] = replace(rows[1], request=rows[1].request.model_copy(update={"amount": Decimal(0)}))
     async with opened(eci_pay_lock_timeout_seconds=0.2) as impatient:
         results = await begin_charges(impatient.database, rows)
-    assert kinds(results) == ["Begun", "CheckViolation", "Unavailable", "Begun"]
+    assert kinds(results) == ["Begun", "CheckViolation", "Busy", "Begun"]
     assert sorted(await keys(books)) == ["charge 1", "charge 4"]
 
 
@@ -268,4 +269,4 @@ async def test_a_later_round_that_fails_does_not_hide_what_an_earlier_one_began(
     )
     rows = [refund_begin(payment_id, amount, f"refund {amount}") for amount in ("10", "20", "30")]
     results = await begin_refunds(service.database, rows)
-    assert kinds(results) == ["Begun", "Unavailable", "Begun"]
+    assert kinds(results) == ["Begun", "Busy", "Begun"]

@@ -1,14 +1,15 @@
 """Group commit: concurrent writes share a commit, a lone one waits for nobody, every waiter has its own result."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import psycopg
 import pytest
 
 from eci_pay.answers import Answer
 from eci_pay.context import bind_origin, current_request_id
-from eci_pay.errors import OrderAlreadyPaid, Unavailable
+from eci_pay.errors import Busy, OrderAlreadyPaid, Unavailable
+from eci_pay.gateways import GatewayCharge, Outcome
 from eci_pay.group_commit import GroupCommit
 from eci_pay.service import PaymentService
 from tests.support import (
@@ -33,7 +34,7 @@ class Writer:
         self.may_write = asyncio.Event()
         self.error: BaseException | None = None
 
-    async def __call__(self, rows: Sequence[int]) -> list[int | Exception]:
+    async def __call__(self, rows: Sequence[int], patient: bool) -> list[int | Exception]:
         self.batches.append(list(rows))
         self.request_ids.append(current_request_id())
         await self.may_write.wait()
@@ -158,6 +159,149 @@ async def test_concurrent_charges_and_refunds_share_commits_and_lose_nothing(
     )
     assert names(await asyncio.gather(*refunds)) == {"200": 200}
     assert await books.value(commits, "REFUND") < 200
+    await assert_books_are_true(books, gateway)
+
+
+async def test_rows_with_the_same_claim_are_written_one_after_the_other_and_hold_up_nobody_else() -> None:
+    writer = Writer()
+    write = GroupCommit(writer, lanes=2, batch_max=10, claims=lambda row: (row % 10,))
+    tasks = await asked(write, 1, 11, 2, 21)
+    assert writer.batches == [[1, 2]]
+    tasks += await asked(write, 31, 3)
+    assert writer.batches == [[1, 2], [3]]
+    writer.may_write.set()
+    assert await asyncio.gather(*tasks) == [10, 110, 20, 210, 310, 30]
+    assert writer.batches == [[1, 2], [3], [11], [21], [31]]
+
+
+class Locks(Writer):
+    """Some numbers are locked: whoever writes them patiently waits, for the others they are Busy together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked = {7}
+        self.unlocked = asyncio.Event()
+        self.may_write.set()
+
+    async def __call__(self, rows: Sequence[int], patient: bool) -> list[int | Exception]:
+        results = await super().__call__(rows, patient)
+        if self.locked.isdisjoint(rows):
+            return results
+        if patient:
+            await self.unlocked.wait()
+            return results
+        return [Busy("it is locked") for _ in rows]
+
+
+async def test_a_locked_row_leaves_its_batch_and_waits_alone() -> None:
+    locks = Locks()
+    write = GroupCommit(locks, lanes=1, batch_max=10)
+    locked, *others = await asked(write, 7, 1, 2)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*others) == [10, 20]
+    assert not locked.done()
+    # So many locked rows wait elsewhere, and one more row is written all the same.
+    locks.locked |= set(range(100, 120))
+    waiting = await asked(write, *range(100, 120))
+    async with asyncio.timeout(5):
+        assert await write(3) == 30
+    locks.unlocked.set()
+    assert await asyncio.gather(locked, *waiting) == [70, *range(1000, 1200, 10)]
+
+
+async def test_a_row_waits_no_longer_than_it_may_and_is_not_written_then() -> None:
+    writer = Writer()
+    write = GroupCommit(writer, lanes=1, batch_max=1, wait_seconds=0.05)
+    first, late = await asked(write, 1, 2)
+    await asyncio.sleep(0.1)  # this is what takes too long
+    writer.may_write.set()
+    assert await first == 10
+    with pytest.raises(Unavailable, match="too long"):
+        await late
+    assert (await write(3), writer.batches) == (30, [[1], [3]])
+
+
+async def test_a_defect_of_the_writer_reaches_those_who_wait_and_ends_nothing() -> None:
+    async def forgets_one(rows: Sequence[int], _patient: bool) -> list[int]:
+        return list(rows[1:])
+
+    write = GroupCommit(forgets_one, lanes=1, batch_max=10)
+    for _ in range(2):
+        results = await asyncio.gather(write(1), write(2), return_exceptions=True)
+        assert [type(result) for result in results] == [int, ValueError]
+
+
+async def test_a_lane_that_is_cancelled_before_it_begins_is_replaced() -> None:
+    writer = Writer()
+    writer.may_write.set()
+    write = GroupCommit(writer, lanes=1, batch_max=10)
+    asking = asyncio.ensure_future(write(1))
+    await asyncio.sleep(0)
+    (lane,) = write._tasks
+    lane.cancel()
+    async with asyncio.timeout(5):
+        assert await asking == 10
+
+
+ORDERS = range(1, 33)
+LOCKED_ORDER = 9
+
+
+class Gathering(RecordingGateway):
+    """Answers no charge before it has all of them, and something was done then."""
+
+    def __init__(self, do: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self._do = do
+        self._may_answer = asyncio.Event()
+
+    async def charge(self, charge: GatewayCharge) -> Outcome:
+        outcome = await super().charge(charge)
+        if len(self.charges) == len(ORDERS):
+            await self._do()
+            self._may_answer.set()
+        await self._may_answer.wait()
+        return outcome
+
+
+async def charged(service: PaymentService, order_id: int) -> Answer:
+    return await service.charges.charge(request=charge_request(order_id), idempotency_key=f"k{order_id}")
+
+
+async def refunded(service: PaymentService, order_id: int) -> Answer:
+    payment_id = (await service.payments.by_order(order_id)).payment_id
+    request = refund_request("40")
+    return await service.refunds.refund(payment_id=payment_id, request=request, idempotency_key=f"r{order_id}")
+
+
+@pytest.mark.parametrize("phase", ["begin", "settle", "refund"])
+async def test_a_locked_payment_holds_up_none_of_those_that_share_its_batch(
+    opened: Opener, books: Books, sessions: Sessions, phase: str
+) -> None:
+    locker = await sessions()
+
+    async def lock() -> None:
+        await locker.execute(b"SELECT FROM payments WHERE order_id = %s FOR UPDATE", [LOCKED_ORDER])
+
+    gateway = Gathering(lock) if phase == "settle" else RecordingGateway()
+    async with opened(eci_pay_lock_timeout_seconds=5.0, gateway=gateway) as service:
+        ask = charged
+        if phase == "begin":
+            declined = charge_request(LOCKED_ORDER, amount="4000.02", payment_method="CREDIT_CARD")
+            await service.charges.charge(request=declined, idempotency_key="declined")
+            await lock()
+        elif phase == "refund":
+            await asyncio.gather(*(charged(service, order_id) for order_id in ORDERS))
+            await lock()
+            ask = refunded
+        asking = {order_id: asyncio.create_task(ask(service, order_id)) for order_id in ORDERS}
+        locked = asking.pop(LOCKED_ORDER)
+        async with asyncio.timeout(3):
+            answers = await asyncio.gather(*asking.values())
+        assert {answer.status_code for answer in answers} == {200 if phase == "refund" else 201}
+        assert not locked.done()
+        await locker.rollback()
+        assert (await locked).status_code == answers[0].status_code
     await assert_books_are_true(books, gateway)
 
 

@@ -61,7 +61,7 @@ async def test_statements_over_the_same_rows_in_opposite_order_wait_and_do_not_d
         }
         columns = arrays([row.columns() for row in rows[statement]])
         told = message_arrays([getattr(row, "messages", ()) for row in rows[statement]])
-        return {**columns, **told, "takes_over": True, **ARRAYS_OF_CURRENCIES}
+        return {**columns, **told, "takes_over": True, "lock_wait": None, **ARRAYS_OF_CURRENCIES}
 
     holder, one, two = await sessions(), await sessions(), await sessions()
     await holder.execute("SELECT FROM payments WHERE order_id = 2 FOR UPDATE")

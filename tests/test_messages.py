@@ -846,7 +846,7 @@ async def test_a_transaction_that_began_earlier_and_commits_later_is_relayed_all
     begun = await begin_charges(service.database, rows)
     early, late = [charge_settlement(row, result) for row, result in zip(rows, begun, strict=True)]
     session = await sessions()
-    columns = {**arrays([early.columns()]), **message_arrays([early.messages])}
+    columns = {**arrays([early.columns()]), **message_arrays([early.messages]), "lock_wait": None}
     assert await fetch(session, "charge_settle", columns) == [{"n": 0}]
     assert await settle_charges(service.database, [late]) == [True]
     async with relays() as relay:
@@ -878,7 +878,7 @@ async def test_a_relay_that_runs_all_the_time_delivers_what_commits_late(
     async with relays() as relay:
         running = asyncio.create_task(relay.run_until(stopped))
         await _until_all_is_delivered(books)
-        columns = {**arrays([given_back.columns()]), **message_arrays([given_back.messages])}
+        columns = {**arrays([given_back.columns()]), **message_arrays([given_back.messages]), "lock_wait": None}
         await fetch(session, "refund_settle", columns)
         await paid(service, *range(2, 12))
         await _until_all_is_delivered(books)

@@ -257,8 +257,8 @@ class HeldUp:
     def after(self, write: Write[Row, BeginResult]) -> Write[Row, BeginResult]:
         """Begins, and then waits."""
 
-        async def begin(rows: Sequence[Row]) -> Sequence[BeginResult]:
-            results = await write(rows)
+        async def begin(rows: Sequence[Row], patient: bool) -> Sequence[BeginResult]:
+            results = await write(rows, patient)
             self.begun.set()
             await self.may_go_on.wait()
             return results
