@@ -16,9 +16,10 @@ from cli.deferred import DeferredCommand
 from tests.support import COMMAND, COMMAND_TIMEOUT_SECONDS, CommandLine
 
 HEAVY = {
-    *("aiohttp", "asyncio", "httpx", "psycopg", "psycopg_pool", "pydantic", "pydantic_settings", "rich"),
-    *("sqlalchemy", "sqlmodel", "starlette", "stripe", "structlog", "uvicorn"),
+    *("aiohttp", "asyncio", "httpx", "prometheus_client", "psycopg", "psycopg_pool", "pydantic", "pydantic_settings"),
+    *("rich", "sqlalchemy", "sqlmodel", "starlette", "stripe", "structlog", "uvicorn"),
 }
+SHOWING = {"asyncio", "psycopg", "psycopg_pool", "pydantic", "pydantic_settings"}
 START = {"cli", "cli.main", "cli.commands", "cli.deferred"}
 HELP = [
     ["--help"],
@@ -60,6 +61,13 @@ async def test_help_imports_nothing_heavy(command_line: CommandLine, arguments: 
 async def test_the_overview_imports_no_command(command_line: CommandLine, arguments: list[str]) -> None:
     modules = await imported(command_line, *arguments)
     assert {module for module in modules if module.partition(".")[0] in ("cli", "eci_pay", "server")} == START
+
+
+async def test_a_payment_is_shown_without_what_only_a_server_needs(command_line: CommandLine) -> None:
+    charge = ("charge", "--order-id=1", "--user-id=7", "--amount=10", "--method=UPI")
+    assert (await command_line.run(*charge)).exit_code == 0
+    assert heavy(await imported(command_line, "show", "1")) == {*SHOWING, "rich"}
+    assert heavy(await imported(command_line, "show", "1", "--json")) == SHOWING
 
 
 async def test_a_shell_that_completes_a_name_waits_for_nothing_heavy(command_line: CommandLine) -> None:
