@@ -1,6 +1,5 @@
 """The command that tells the story of a payment, and proves each sentence of it."""
 
-import asyncio
 import logging
 import secrets
 from typing import TYPE_CHECKING
@@ -177,6 +176,8 @@ class Story:
 
     async def _relay(self, *, until_delivered: bool = False) -> dict[str, list[str]]:
         """Delivers what is due; prints and returns what each service took, in short."""
+        import asyncio
+
         from eci_pay.relay import connected_relay
 
         self._stand_ins.received.clear()

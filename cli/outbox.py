@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import output
+from cli.deferred import QuickGroup
 from cli.output import JsonOption
 from cli.prompts import confirm
 from cli.relaying import peer_of
@@ -34,6 +35,7 @@ OvertakenOption = Annotated[
 
 outbox = typer.Typer(
     name="outbox",
+    cls=QuickGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Messages to other services, and their delivery.",

@@ -1,6 +1,5 @@
 """Runs a use case from a synchronous command."""
 
-import asyncio
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -44,6 +43,8 @@ def settings_of_server() -> "Settings":
 def run(work: Coroutine[Any, Any, T], *, busy: bool = False) -> T:
     """Runs a coroutine to its end; Ctrl-C ends the command with its own exit code. One that will be `busy` gets the
     faster event loop, which takes longer to import."""
+    import asyncio
+
     factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     if sys.platform == "win32":
         factory = asyncio.SelectorEventLoop  # psycopg needs it
@@ -80,6 +81,8 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bo
 
 def on_stop(callback: Callable[[], object]) -> None:
     """Lets SIGTERM and SIGINT call this instead of ending the process."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         if sys.platform == "win32":
@@ -90,6 +93,8 @@ def on_stop(callback: Callable[[], object]) -> None:
 
 async def until_stopped() -> None:
     """Waits for SIGTERM or SIGINT."""
+    import asyncio
+
     stopped = asyncio.Event()
     on_stop(stopped.set)
     await stopped.wait()

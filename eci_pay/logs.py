@@ -3,12 +3,13 @@
 import json
 import logging
 import sys
-
-import structlog
-from pydantic_core import to_json
-from structlog.typing import EventDict, WrappedLogger
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from eci_pay.context import current_request_id
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 def configure_logs(level: str) -> None:
@@ -28,7 +29,10 @@ def configure_logs(level: str) -> None:
 
 class JsonLines(logging.Formatter):
     """Makes a line of a record by structlog's processors. There is one for every request, and structlog's own formatter
-    takes twice as long, for it serves any set of processors."""
+    takes twice as long, for it serves any set of processors.
+
+    structlog is imported with the first line, for it brings a good part of rich along: most commands log nothing.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """One line, without its end."""
@@ -40,18 +44,32 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             event["exc_info"] = record.exc_info
-        for processor in _PROCESSORS:
-            event = processor(None, record.levelname, event)
-        return str(_RENDER(None, record.levelname, event))
+        line: object = event
+        for processor in self._processors:
+            line = event = processor(None, record.levelname, event)  # type: ignore[assignment]
+        return str(line)
+
+    @cached_property
+    def _processors(self) -> "tuple[Processor, ...]":
+        from structlog import processors
+
+        return (
+            processors.TimeStamper(fmt="iso", utc=True),
+            _add_request_id,
+            processors.format_exc_info,
+            processors.JSONRenderer(serializer=_json),
+        )
 
 
-def _add_request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+def _add_request_id(_: "WrappedLogger", __: str, event: "EventDict") -> "EventDict":
     if request_id := current_request_id():
         event["request_id"] = request_id
     return event
 
 
-def _json(event: EventDict, **_: object) -> str:
+def _json(event: "EventDict", **_: object) -> str:
+    from pydantic_core import to_json
+
     try:
         return to_json(event, fallback=repr).decode()
     except ValueError:  # bytes or surrogates that are not UTF-8
@@ -60,9 +78,3 @@ def _json(event: EventDict, **_: object) -> str:
 
 _NOT_TOLD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message"}
 """What every record has. The last is uvicorn's, which repeats its messages with escape codes."""
-_PROCESSORS = (
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-    _add_request_id,
-    structlog.processors.format_exc_info,
-)
-_RENDER = structlog.processors.JSONRenderer(serializer=_json)

@@ -7,7 +7,6 @@ import pty
 import re
 import shlex
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,7 +22,6 @@ ESCAPE = "\x1b"
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3[0-7]|9[0-7])(;\d+)*m")
 REASON = ("--reason", "Damaged in transit")
 KEY = re.compile(r"^Idempotency-Key: (\S+)$", re.MULTILINE)
-HEAVY = {"sqlalchemy", "sqlmodel", "starlette", "uvicorn", "psycopg", "psycopg_pool", "rich", "httpx"}
 
 
 @pytest.fixture
@@ -451,23 +449,6 @@ async def test_every_command_has_help_with_an_example(command_line: CommandLine)
     nothing = await command_line.run()
     assert nothing.exit_code == INVALID
     assert "Usage: eci-pay" in nothing.stdout + nothing.stderr
-
-
-async def test_help_loads_no_heavy_module(command_line: CommandLine) -> None:
-    program = (
-        "import sys\nfrom cli.main import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        f"print(*sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
-    )
-    for arguments in (("--help",), ("charge", "--help"), ("serve", "--help"), ("no-such-command",)):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", program, *arguments),
-            env=command_line.full_environment(),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        _, stderr = await process.communicate()
-        assert stderr.decode().splitlines()[-1] == "", (arguments, stderr.decode())
 
 
 async def test_a_key_used_over_http_is_replayed_at_the_terminal(
