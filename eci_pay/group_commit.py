@@ -12,7 +12,7 @@ import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from eci_pay.errors import Busy, Unavailable
 
@@ -64,7 +64,7 @@ class GroupCommit(Generic[Row, Result]):
         self._waiting: deque[_Entry[Row, Result]] = deque()
         self._claimed: set[Hashable] = set()
         """By the rows that are being written."""
-        self._running = 0
+        self._running: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Semaphore(ALONE_MAX)
         self._patient = asyncio.Semaphore(ALONE_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,12 +84,14 @@ class GroupCommit(Generic[Row, Result]):
         return await entry.future
 
     def _fill_lanes(self) -> None:
-        if self._waiting and self._running < self._lanes:
-            self._running += 1
-            self._start(self._write_waiting()).add_done_callback(self._lane_ended)
+        if self._waiting and len(self._running) < self._lanes:
+            lane = self._start(self._write_waiting())
+            self._running.add(lane)
+            lane.add_done_callback(self._lane_ended)
 
     def _lane_ended(self, lane: asyncio.Task[None]) -> None:
-        self._running -= 1
+        """One that was broken off, perhaps before it began, has left others waiting."""
+        self._running.discard(lane)
         if lane.cancelled() or lane.exception() is not None:
             self._fill_lanes()
 
@@ -105,6 +107,8 @@ class GroupCommit(Generic[Row, Result]):
         while batch := self._next_batch():
             for entry in await self._written(batch, patient=False):
                 self._start(self._write_alone(entry, was_alone=len(batch) == 1))
+        # At once: whoever asks before the task's end is known must not take it for a lane that will come for them.
+        self._running.discard(cast("asyncio.Task[None]", asyncio.current_task()))
 
     def _next_batch(self) -> list[_Entry[Row, Result]]:
         """The first of those that wait, without those whose claims are being written."""

@@ -47,6 +47,7 @@ class Payment(SQLModel, table=True):
         Index("idx_payments_user_id", "user_id"),
         Index("idx_payments_status", "status"),
         Index("idx_payments_reference", "reference"),
+        Index("idx_payments_created_at", "created_at", "payment_id"),
         CheckConstraint("order_id > 0", name="payments_order_id_positive"),
         CheckConstraint("user_id > 0", name="payments_user_id_positive"),
         CheckConstraint("amount > 0 AND amount < 'NaN'", name="payments_amount_positive"),

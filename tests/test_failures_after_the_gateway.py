@@ -270,7 +270,7 @@ async def test_a_charge_that_has_begun_stays_begun_although_a_neighbours_refusal
     finally:
         await database.close()
     assert isinstance(fresh, Begun)
-    assert taken is failure
+    assert repr(taken) == repr(failure)
     assert await settle_charges(service.database, [charge_settlement(rows[0], fresh)]) == [True]
     assert await books.rows("SELECT order_id, status, attempt FROM payments ORDER BY 1") == [
         {"order_id": 1, "status": "COMPLETED", "attempt": 1},
@@ -311,7 +311,7 @@ async def test_a_refund_that_has_begun_stays_begun_although_a_neighbours_refusal
     finally:
         await database.close()
     assert isinstance(fresh, Begun)
-    assert refused is failure
+    assert repr(refused) == repr(failure)
     assert await books.rows("SELECT payment_id, status FROM refunds") == [{"payment_id": first, "status": "PROCESSING"}]
 
 

@@ -70,6 +70,14 @@ async def test_a_lone_row_is_written_at_once_and_those_that_come_meanwhile_go_to
     assert await write(6) == 60
 
 
+async def test_who_asks_at_the_very_moment_at_which_a_lane_ends_is_written() -> None:
+    writer = Writer()
+    writer.may_write.set()
+    write = GroupCommit(writer, lanes=1, batch_max=3)
+    async with asyncio.timeout(5):
+        assert [await write(row) for row in range(3)] == [0, 10, 20]
+
+
 async def test_those_that_ask_in_the_same_turn_share_the_first_batch() -> None:
     writer = Writer()
     writer.may_write.set()
