@@ -190,6 +190,8 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
             await connection.execute(b"SELECT pg_reload_conf()")
         await migrate(await create_database(server, DATABASE), bundled_migrations())
         await scale.load(arguments.payments)
+    else:
+        await migrate(url, bundled_migrations())
     result: dict[str, Any] = {"payments": arguments.payments, "sizes": await scale.sizes(), "empty": [], "full": []}
     print(result["sizes"], flush=True)
     first = FIRST_ORDER_ID
