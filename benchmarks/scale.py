@@ -28,8 +28,8 @@ from eci_pay.migrations import bundled_migrations, migrate
 
 DATABASE = "eci_pay_benchmark_scale"
 CONNECTIONS = 128
-FIRST_ORDER_ID = 100_000_000_000
-"""Of what is charged here: beyond those that were loaded."""
+ORDERS_MAX = 100_000_000
+"""More than any step charges."""
 PAGES = 20
 """How many of each list are timed."""
 
@@ -160,13 +160,14 @@ class Scale(Charging):
 
     async def expire(self, keys: int, per_second: float, seconds: int) -> dict[str, Any]:
         """Charges at a rate, first alone, then while so many expired keys are deleted."""
-        pace = {"DELAY_MS": str(1000 * CONNECTIONS / per_second), "FIRST_ORDER_ID": str(4 * FIRST_ORDER_ID)}
+        first = await self.value("SELECT max(order_id) + 1 AS n FROM payments")
+        pace = {"DELAY_MS": str(1000 * CONNECTIONS / per_second), "FIRST_ORDER_ID": str(first)}
         with ExitStack() as stack:
             # Its own expiry in the background would be there first.
             address = stack.enter_context(self.serving(ECI_PAY_EXPIRE_KEYS_INTERVAL_SECONDS="86400"))
             alone = self.wrk(address, "charge.lua", seconds=seconds, connections=CONNECTIONS, **pace)
             await self.load_expired(keys)
-            pace["FIRST_ORDER_ID"] = str(5 * FIRST_ORDER_ID)
+            pace["FIRST_ORDER_ID"] = str(first + ORDERS_MAX)
             loop = asyncio.get_running_loop()
             charging = loop.run_in_executor(
                 None, lambda: self.wrk(address, "charge.lua", seconds=seconds, connections=CONNECTIONS, **pace)
@@ -194,15 +195,15 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
         await migrate(url, bundled_migrations())
     result: dict[str, Any] = {"payments": arguments.payments, "sizes": await scale.sizes(), "empty": [], "full": []}
     print(result["sizes"], flush=True)
-    first = FIRST_ORDER_ID
+    first = await scale.value("SELECT max(order_id) + 1 AS n FROM payments")
     async with Template(server) as template:
         for _ in range(arguments.rounds):
             async with template.copy() as empty:
                 result["empty"].append(charged(Stage(empty), first, arguments.seconds))
             print("empty", result["empty"][-1], flush=True)
-            first += 10_000_000
             result["full"].append(charged(scale, first, arguments.seconds))
             print("full", result["full"][-1], flush=True)
+            first += ORDERS_MAX
     result["lists"] = scale.list_pages(arguments.payments)
     rate = median(each["per_second"] for each in result["full"])
     result["expiry"] = await scale.expire(arguments.payments // 10, rate / 2, arguments.expiry_seconds)
@@ -212,7 +213,7 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def charged(stage: Stage, first_order_id: int, seconds: int) -> dict[str, Any]:
     """Charges, nobody told: what a relay takes does not depend on the size."""
     with stage.serving() as address:
-        warm_up = str(first_order_id + 5_000_000)
+        warm_up = str(first_order_id + ORDERS_MAX // 2)
         stage.wrk(address, "charge.lua", seconds=2, connections=CONNECTIONS, FIRST_ORDER_ID=warm_up)
         return stage.wrk(
             address, "charge.lua", seconds=seconds, connections=CONNECTIONS, FIRST_ORDER_ID=str(first_order_id)

@@ -48,10 +48,7 @@ def _params(request: ListRequest, *names: str) -> dict[str, Any]:
 
 @cache
 def _page_text(conditions: frozenset[str]) -> str:
-    matching = select(Payment).where(*_where(conditions))
-    if conditions >= _DATES.keys():
-        matching = matching.where(_among_the_dated())
-    newest_first = matching.order_by(col(Payment.payment_id).desc())
+    newest_first = select(Payment).where(*_where(conditions)).order_by(col(Payment.payment_id).desc())
     return _compiled(newest_first.offset(_parameter("row_offset")).limit(_parameter("row_limit")))
 
 
@@ -62,12 +59,14 @@ def _count_text(conditions: frozenset[str]) -> str:
 
 
 def _where(conditions: frozenset[str]) -> list[Any]:
-    return [condition for name, condition in _CONDITIONS.items() if name in conditions]
+    where = [condition for name, condition in _CONDITIONS.items() if name in conditions]
+    return [*where, _among_the_dated()] if conditions >= _DATES.keys() else where
 
 
 def _among_the_dated() -> ColumnElement[bool]:
-    """Between the first and the last payment of the dates, read off their index: to walk there from the newest one
-    takes a second where there are ten million. The planner would make that very walk of a plain min() or max()."""
+    """Between the first and the last payment of the dates, read off their index: so that a page of them is found by
+    its number, like any other. To walk there from the newest payment takes a second where there are ten million, and
+    the planner would make that very walk of a plain min() or max()."""
     number = col(Payment.payment_id) + literal_column("0")
     dated = select(func.min(number).label("first"), func.max(number).label("last")).where(*_DATES.values()).cte("dated")
     return col(Payment.payment_id).between(

@@ -45,7 +45,7 @@ class Payment(SQLModel, table=True):
         UniqueConstraint("order_id", name="idx_payments_order_id"),
         UniqueConstraint("transaction_id", name="idx_payments_transaction_id"),
         Index("idx_payments_user_id", "user_id"),
-        Index("idx_payments_status", "status"),
+        Index("idx_payments_status", "status", "payment_id", postgresql_where=text("status <> 'COMPLETED'")),
         Index("idx_payments_reference", "reference"),
         Index("idx_payments_created_at", "created_at", "payment_id"),
         CheckConstraint("order_id > 0", name="payments_order_id_positive"),

@@ -20,7 +20,7 @@ TABLES = ("payments", "transactions", "idempotency_keys", "refunds", "outbox", "
 NAMED_INDEXES = {
     "idx_payments_order_id": ("payments", ["order_id"]),
     "idx_payments_user_id": ("payments", ["user_id"]),
-    "idx_payments_status": ("payments", ["status"]),
+    "idx_payments_status": ("payments", ["status", "payment_id"]),
     "idx_payments_transaction_id": ("payments", ["transaction_id"]),
     "idx_payments_reference": ("payments", ["reference"]),
     "idx_transactions_payment_id": ("transactions", ["payment_id"]),

@@ -1,3 +1,7 @@
+-- In the order of a list's pages, and without the status that nearly all have: of that, the primary key finds a page.
+DROP INDEX idx_payments_status;
+ALTER INDEX idx_payments_status_new RENAME TO idx_payments_status;
+
 -- The tables that grow are vacuumed by their work, not by their size: by default that would be after a fifth of all rows
 -- has changed, and the planner would learn as late what has changed.
 
