@@ -180,7 +180,8 @@ async def fetch(connection: Connection, name: str, params: Params | None = None)
     """Runs one named statement on a connection, inside whatever transaction is open on it."""
     bound = None if params is None else {key: _bound(value) for key, value in params.items()}
     cursor = await connection.execute(statement(name), bound)
-    return await cursor.fetchall() if cursor.description else []
+    # Its description would be a list of objects, made for nothing else.
+    return await cursor.fetchall() if cursor.pgresult and cursor.pgresult.nfields else []
 
 
 def arrays(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
