@@ -31,8 +31,8 @@ check: $(VENV)/.installed  ## Lint, format, types, import rules
 faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds=30"
 	$(BIN)/python -m tests.faults $(ARGS)
 
-BENCH ?= charges
-bench: $(VENV)/.installed  ## Measurements (wants wrk) of charges, or BENCH=relay or startup; ARGS="--rounds=1" for less
+BENCH ?= __main__
+bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, startup or memory; ARGS="--rounds=1" for less
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 constraints:  ## Resolve constraints.txt anew (needs uv)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import startup
 from benchmarks.charges import Charging
 from benchmarks.operations import OPERATIONS, Operating
 from benchmarks.stage import Template
@@ -26,7 +27,7 @@ WORKERS = (1, 2)
 Figures = list[dict[str, Any]]
 
 
-async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Figures]:
+async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run. Every figure is printed as it comes."""
     result: dict[str, Figures] = {"reference": [], "charges": [], "half_load": [], "operations": []}
 
@@ -49,10 +50,10 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Figur
             async with template.copy() as url:
                 for figures in await Operating(url).over_http(MANY, arguments.seconds):
                     note("operations", figures)
-    return result
+    return {**result, "startup": await startup.measure(server)}
 
 
-def report(result: dict[str, Figures]) -> None:
+def report(result: dict[str, Any]) -> None:
     """The medians as a table, each as a ratio to the best of the reference."""
     reference = {clients: _rate(result["reference"], clients=clients) for clients in REFERENCE_CLIENTS}
     best = max(rate for clients, rate in reference.items() if clients > 1)
@@ -80,7 +81,8 @@ def report(result: dict[str, Figures]) -> None:
         print(f"{operation}s are {times:.1f} times as many as charges (wanted: {wanted})")
     lone_ms = median(each["p50_ms"] for each in _of(result["charges"], connections=1, workers=1))
     pair_ms = median(each["mean_ms"] for each in _of(result["reference"], clients=1))
-    print(f"a lone charge takes {lone_ms / pair_ms:.2f} times as long as the reference's pair (wanted: under 2.5)")
+    print(f"a lone charge takes {lone_ms / pair_ms:.2f} times as long as the reference's pair (wanted: under 2.5)\n")
+    startup.report(result["startup"])
 
 
 def _of(figures: Figures, **wanted: Any) -> Figures:

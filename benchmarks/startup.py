@@ -34,9 +34,8 @@ COMMANDS = {
 }
 
 
-async def measure(*, rounds: int = 30) -> dict[str, dict[str, float]]:
+async def measure(server: str, *, rounds: int = 30) -> dict[str, dict[str, float]]:
     """The median of each command in ms, and its ratio to the reference."""
-    server = await database_url(load_settings())
     url = await create_database(server, DATABASE)
     try:
         await migrate(url, bundled_migrations())
@@ -70,13 +69,17 @@ def report(result: dict[str, Any]) -> None:
         print(f"{name:28}{figures['median_ms']:8.1f}{figures['ratio']:8.2f}")
 
 
+async def _measure_by_itself(rounds: int) -> dict[str, dict[str, float]]:
+    return await measure(await database_url(load_settings()), rounds=rounds)
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     arguments = parser.parse_args()
-    result = asyncio.run(measure(rounds=arguments.rounds))
+    result = asyncio.run(_measure_by_itself(arguments.rounds))
     report(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
