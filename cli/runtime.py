@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -49,7 +50,8 @@ def run(work: Coroutine[Any, Any, T], *, busy: bool = False) -> T:
     if sys.platform == "win32":
         factory = asyncio.SelectorEventLoop  # psycopg needs it
     elif busy:
-        from uvloop import new_event_loop as factory
+        with suppress(ImportError):  # it is not made for every platform
+            from uvloop import new_event_loop as factory
     try:
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(work)
