@@ -5,7 +5,6 @@ waits for the next round, a bad row does not fail its neighbours, and a lost con
 anything is run again.
 """
 
-import copy
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,7 +13,7 @@ import psycopg
 from psycopg import errors
 
 from eci_pay.database import Connection, Database, Row, arrays, fetch
-from eci_pay.errors import ConnectionLost, Unavailable
+from eci_pay.errors import Busy, ConnectionLost, Unavailable, apart
 
 MOMENT = "100ms"
 """How long a statement that must not keep others waiting waits for a lock."""
@@ -23,7 +22,6 @@ BEGIN_TRIES_MAX = 20
 
 T = TypeVar("T")
 R = TypeVar("R")
-E = TypeVar("E", bound=Exception)
 
 _REJECTIONS = (psycopg.Error, UnicodeError)
 """What one row may be refused for, by the database or on the way there."""
@@ -156,11 +154,6 @@ async def _begin_round(passes: "_Passes", rows: Sequence[BeginRow]) -> list[Begi
     return [results.get(number) or apart(failure) for number in range(len(rows))]
 
 
-def apart(error: E) -> E:
-    """The error for one of many: whoever raises it adds to its own traceback."""
-    return copy.copy(error).with_traceback(None)
-
-
 class _Passes:
     """Runs a begin statement again and again, and remembers whether a connection was lost in between."""
 
@@ -197,8 +190,17 @@ class _Passes:
 
     async def _begun(self, columns: dict[str, list[Any]]) -> list[Row]:
         found: list[Row] = []
+        parameters = dict(self._parameters)
+        if self._connection_lost:
+            # The statement that it was lost with may still be committing. It is waited for, and whatever comes of that,
+            # nobody may begin these rows anew.
+            parameters["lock_wait"] = lock_wait(patient=True)
         try:
-            found = await self._execute({**columns, **self._parameters})
+            found = await self._execute({**columns, **parameters})
+        except Busy as error:
+            if self._connection_lost:
+                raise Unavailable(f"a connection was lost, and what became of it is not known: {error}") from error
+            raise
         except ConnectionLost:
             self._connection_lost = True
         except errors.NotNullViolation as error:

@@ -20,6 +20,7 @@ PayError
 │   ├── RefundExceedsBalance
 │   └── IdempotencyKeyInFlight
 ├── Unavailable                     nothing was sent to the gateway
+│   ├── Busy                        somebody else has locked what is wanted
 │   ├── ConnectionLost              the statement under way may have been committed
 │   │   └── DatabaseSilent          and to ask again would be to wait again
 │   └── SchemaOutdated
@@ -29,8 +30,11 @@ PayError
 A decline is no error: it is a recorded answer (`eci_pay.answers`).
 """
 
+import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 
 class PayError(Exception):
@@ -223,3 +227,11 @@ class MigrationError(PayError):
     """The database cannot be migrated"""
 
     code = "migration-error"
+
+
+def apart(error: E) -> E:
+    """The error for one of many whom it concerns: whoever raises it adds to its own traceback."""
+    try:
+        return copy.copy(error).with_traceback(None)
+    except Exception:  # not every exception can be made anew from its arguments
+        return error

@@ -8,16 +8,15 @@ batch, and waits for the lock by itself.
 
 import asyncio
 import contextvars
-import copy
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
-from eci_pay.errors import Busy, Unavailable
+from eci_pay.errors import Busy, Unavailable, apart
 
-ALONE_MAX = 4
-"""How many rows that have left their batch are written at a time; and as many more that wait for a lock."""
+ASIDE_SECONDS_MAX = 5.0
+"""How long a row that has left its batch waits to be written, where its kind has no such bound itself."""
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -33,6 +32,17 @@ class _Entry(Generic[Row, Result]):
     claims: tuple[Hashable, ...]
     future: "asyncio.Future[Result]"
     asked_at: float
+
+
+class Aside:
+    """Where rows are written that have left their batch, of all kinds of a process: so many at a time that the others
+    keep most of its connections."""
+
+    def __init__(self, connections: int) -> None:
+        self.trying = asyncio.Semaphore(max(1, connections // 4))
+        """Each for a moment."""
+        self.waiting = asyncio.Semaphore(max(1, connections // 4))
+        """For a lock, as long as any statement may."""
 
 
 class GroupCommit(Generic[Row, Result]):
@@ -51,6 +61,7 @@ class GroupCommit(Generic[Row, Result]):
         *,
         lanes: int,
         batch_max: int,
+        aside: Aside | None = None,
         claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
         queue_max: int | None = None,
         wait_seconds: float | None = None,
@@ -65,8 +76,9 @@ class GroupCommit(Generic[Row, Result]):
         self._claimed: set[Hashable] = set()
         """By the rows that are being written."""
         self._running: set[asyncio.Task[None]] = set()
-        self._alone = asyncio.Semaphore(ALONE_MAX)
-        self._patient = asyncio.Semaphore(ALONE_MAX)
+        self._aside = aside or Aside(connections=10)
+        self._alone = 0
+        """How many rows have left their batch and are not written yet."""
         self._tasks: set[asyncio.Task[None]] = set()
         """Only kept so that none is collected while it runs."""
 
@@ -75,13 +87,19 @@ class GroupCommit(Generic[Row, Result]):
 
         Who stops waiting is not written, unless that has begun; the rest of the batch does not notice.
         """
-        if self._queue_max is not None and len(self._waiting) >= self._queue_max:
+        if self._is_full():
             raise Unavailable("too many requests wait to be written; nothing was sent")
         loop = asyncio.get_running_loop()
         entry = _Entry[Row, Result](row, self._claims(row), loop.create_future(), loop.time())
         self._waiting.append(entry)
         self._fill_lanes()
         return await entry.future
+
+    def _is_full(self) -> bool:
+        if self._queue_max is None or len(self._waiting) + self._alone < self._queue_max:
+            return False
+        self._waiting = deque(entry for entry in self._waiting if not entry.future.done())
+        return len(self._waiting) + self._alone >= self._queue_max
 
     def _fill_lanes(self) -> None:
         if self._waiting and len(self._running) < self._lanes:
@@ -153,17 +171,36 @@ class GroupCommit(Generic[Row, Result]):
     async def _write_alone(self, entry: _Entry[Row, Result], *, was_alone: bool) -> None:
         """Writes a row that is locked, or has shared a batch with one. Which of them it is, shows when each is tried
         for a moment; who is still locked then, waits as long as any statement may."""
+        give_up_at = entry.asked_at + (self._wait_seconds or ASIDE_SECONDS_MAX)
+        self._alone += 1
         try:
-            if not was_alone:
-                async with self._alone:
-                    was_alone = bool(await self._written([entry], patient=False))
-            if was_alone:
-                async with self._patient:
-                    await self._written([entry], patient=True)
+            is_locked = was_alone or await self._tried(entry, self._aside.trying, give_up_at, patient=False)
+            if is_locked:
+                await self._tried(entry, self._aside.waiting, give_up_at, patient=True)
         except BaseException as error:
             self._fail(entry, error)
-            raise
-        self._fill_lanes()  # with those that waited for its claims
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._alone -= 1
+            self._fill_lanes()  # with those that waited for its claims
+
+    async def _tried(
+        self, entry: _Entry[Row, Result], slots: asyncio.Semaphore, give_up_at: float, *, patient: bool
+    ) -> bool:
+        """Whether it was written in vain, for it is locked. Raises Busy where there is no slot in time."""
+        try:
+            async with asyncio.timeout_at(give_up_at):
+                await slots.acquire()
+        except TimeoutError:
+            raise Busy("too many wait for what others have locked") from None
+        try:
+            if entry.future.done():  # nobody waits for it any more
+                self._claimed.difference_update(entry.claims)
+                return False
+            return bool(await self._written([entry], patient=patient))
+        finally:
+            slots.release()
 
     def _tell(self, entry: _Entry[Row, Result], result: Result) -> None:
         self._claimed.difference_update(entry.claims)
@@ -175,8 +212,7 @@ class GroupCommit(Generic[Row, Result]):
         if entry.future.done():
             return
         if isinstance(error, Exception):
-            # Each its own, for whoever raises it adds to its traceback.
-            entry.future.set_exception(copy.copy(error).with_traceback(None))
+            entry.future.set_exception(apart(error))
         else:
             # That a batch is cancelled does not cancel those that wait for it.
             entry.future.set_exception(Unavailable(f"the batch was broken off: {type(error).__name__}"))

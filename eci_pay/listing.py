@@ -4,13 +4,16 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, bindparam, literal_column
+from sqlalchemy import BigInteger, bindparam, case, literal_column
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import ClauseElement, ColumnElement
 from sqlmodel import col, func, select
 
 from eci_pay.models import Payment
-from eci_pay.requests import ListRequest
+from eci_pay.requests import ID_MAX, ListRequest
+
+DATED_MAX = 100_000
+"""Of how many payments of a time the first and the last number are looked for: some 10 ms."""
 
 _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 
@@ -65,10 +68,19 @@ def _where(conditions: frozenset[str]) -> list[Any]:
 
 def _among_the_dated() -> ColumnElement[bool]:
     """Between the first and the last payment of the dates, read off their index: so that a page of them is found by
-    its number, like any other. To walk there from the newest payment takes a second where there are ten million, and
-    the planner would make that very walk of a plain min() or max()."""
-    number = col(Payment.payment_id) + literal_column("0")
-    dated = select(func.min(number).label("first"), func.max(number).label("last")).where(*_DATES.values()).cte("dated")
+    its number, like any other; unless they are too many for that. To walk there from the newest payment takes a second
+    where there are ten million, and the planner would make that very walk of a plain min() or max()."""
+    number = (col(Payment.payment_id) + literal_column("0")).label("number")
+    numbers = select(number).where(*_DATES.values()).limit(literal_column(str(DATED_MAX + 1))).subquery("numbers")
+    are_many = func.count() > literal_column(str(DATED_MAX))
+    dated = (
+        select(
+            case((are_many, literal_column("0")), else_=func.min(numbers.c.number)).label("first"),
+            case((are_many, literal_column(str(ID_MAX))), else_=func.max(numbers.c.number)).label("last"),
+        )
+        .select_from(numbers)
+        .cte("dated")
+    )
     return col(Payment.payment_id).between(
         select(dated.c.first).scalar_subquery(), select(dated.c.last).scalar_subquery()
     )

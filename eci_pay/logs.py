@@ -44,6 +44,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             event["exc_info"] = record.exc_info
+        if record.stack_info:
+            event["stack"] = record.stack_info
         line: object = event
         for processor in self._processors:
             line = event = processor(None, record.levelname, event)  # type: ignore[assignment]
@@ -71,9 +73,16 @@ def _json(event: "EventDict", **_: object) -> str:
     from pydantic_core import to_json
 
     try:
-        return to_json(event, fallback=repr).decode()
-    except ValueError:  # bytes or surrogates that are not UTF-8
-        return json.dumps(event, default=repr)
+        return to_json(event, fallback=repr, ensure_ascii=True).decode()
+    except Exception:  # whatever somebody gave us to log, the line must not be lost
+        return json.dumps({str(name): _text(value) for name, value in event.items()})
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 _NOT_TOLD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message"}

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 import psycopg
 from psycopg import sql
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from eci_pay.database import Connection, connect
 from eci_pay.errors import MigrationError, SchemaOutdated, Unavailable
@@ -25,6 +26,8 @@ from eci_pay.statements import statement
 LOCK_ID = 0x6563695F706179  # "eci_pay" in ASCII
 LOCK_POLL_SECONDS = 0.1
 LOCK_WAIT_MAX_SECONDS = 300.0
+LOCK_TRY_SECONDS, LOCK_PAUSE_SECONDS = 2, 1.0
+"""How long a migration waits for a table at a time, and how long it then lets others have it."""
 
 _NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _CREATE_RECORD = b"""
@@ -196,9 +199,7 @@ async def _pending(connection: Connection, migrations: list[Migration]) -> list[
 async def _apply(connection: Connection, migration: Migration) -> None:
     try:
         if migration.in_transaction:
-            async with connection.transaction():
-                await connection.execute(migration.text.encode())
-                await _record(connection, migration)
+            await _patiently(connection, migration)
         else:
             await _drop_cut_off_indexes(connection, migration)
             await connection.execute(migration.text.encode())
@@ -209,13 +210,32 @@ async def _apply(connection: Connection, migration: Migration) -> None:
         raise MigrationError(f"{migration.name}: {error}") from error
 
 
+async def _patiently(connection: Connection, migration: Migration) -> None:
+    """Runs it again and again until it gets its locks: while it waits for one, everybody else waits behind it."""
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
+        stop=stop_after_delay(LOCK_WAIT_MAX_SECONDS),
+        wait=wait_fixed(LOCK_PAUSE_SECONDS),
+        reraise=True,
+    )
+
+    async def run() -> None:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TRY_SECONDS}s'".encode())
+            await connection.execute(migration.text.encode())
+            await _record(connection, migration)
+
+    await retrying(run)
+
+
 async def _drop_cut_off_indexes(connection: Connection, migration: Migration) -> None:
     """A CREATE INDEX CONCURRENTLY that was cut off leaves an invalid index, which IF NOT EXISTS takes for done."""
     cursor = await connection.execute(
-        b"SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE NOT i.indisvalid"
+        b"SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid"
+        b" WHERE NOT i.indisvalid AND c.relnamespace = current_schema()::regnamespace"
     )
     for row in await cursor.fetchall():
-        if row["relname"] in migration.text:
+        if re.search(rf"\b{re.escape(row['relname'])}\b", migration.text):
             drop = sql.SQL("DROP INDEX CONCURRENTLY {}").format(sql.Identifier(row["relname"]))
             await connection.execute(drop)
 

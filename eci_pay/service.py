@@ -17,7 +17,7 @@ from eci_pay.gateway_calls import GatewayCalls, Limits
 from eci_pay.gateway_events import GatewayEvents
 from eci_pay.gateways import Gateway
 from eci_pay.gateways.configured import configured_gateway
-from eci_pay.group_commit import GroupCommit, Result, Row, Write
+from eci_pay.group_commit import Aside, GroupCommit, Result, Row, Write
 from eci_pay.idempotency import KeyExpiry
 from eci_pay.looks import Looks, Schedule
 from eci_pay.messages import Destination, Messages, service_urls
@@ -102,7 +102,8 @@ async def payment_service(
 ) -> AsyncIterator[PaymentService]:
     """The service over the database at `url`; at its end, it waits for what has begun."""
     database = Database(url, settings)
-    payments = Payments(database, _group(settings, partial(read_payments, database)))
+    aside = Aside(settings.eci_pay_database_pool_size)
+    payments = Payments(database, _group(settings, aside, partial(read_payments, database)))
     calls = GatewayCalls(gateway or configured_gateway(settings), Limits.of(settings), clock)
     phases = Phases(database=database, settle_retry_seconds=settings.eci_pay_settle_retry_seconds)
     messages = Messages(frozenset(service_urls(settings)))
@@ -113,7 +114,7 @@ async def payment_service(
     )
     charge_settling = ChargeSettling(
         database=database,
-        settle_charge=_group(settings, partial(settle_charges, database), claims=_payment_of, has_begun=True),
+        settle_charge=_group(settings, aside, partial(settle_charges, database), claims=_payment_of, has_begun=True),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -121,7 +122,7 @@ async def payment_service(
     )
     refund_settling = RefundSettling(
         database=database,
-        settle_refund=_group(settings, partial(settle_refunds, database), claims=_payment_of, has_begun=True),
+        settle_refund=_group(settings, aside, partial(settle_refunds, database), claims=_payment_of, has_begun=True),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -139,9 +140,9 @@ async def payment_service(
         yield PaymentService(
             charges=Charges(
                 database=database,
-                begin_charge=_group(settings, partial(begin_charges, database), claims=ChargeBegin.claims),
-                record_pending=_group(settings, partial(record_pending, database), claims=ChargeBegin.claims),
-                record_created=_group(settings, partial(record_pending, database), claims=ChargeBegin.claims),
+                begin_charge=_group(settings, aside, partial(begin_charges, database), claims=ChargeBegin.claims),
+                record_pending=_group(settings, aside, partial(record_pending, database), claims=ChargeBegin.claims),
+                record_created=_group(settings, aside, partial(record_pending, database), claims=ChargeBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -151,7 +152,7 @@ async def payment_service(
             ),
             refunds=Refunds(
                 database=database,
-                begin_refund=_group(settings, partial(begin_refunds, database), claims=RefundBegin.claims),
+                begin_refund=_group(settings, aside, partial(begin_refunds, database), claims=RefundBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -184,6 +185,7 @@ async def payment_service(
 
 def _group(
     settings: Settings,
+    aside: Aside,
     write: Write[Row, Result],
     *,
     claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
@@ -194,6 +196,7 @@ def _group(
         write,
         lanes=settings.eci_pay_group_commit_lanes,
         batch_max=settings.eci_pay_group_commit_batch_max,
+        aside=aside,
         claims=claims,
         queue_max=None if has_begun else settings.eci_pay_group_commit_queue_max,
         wait_seconds=None if has_begun else settings.eci_pay_group_commit_wait_seconds,

@@ -5,12 +5,14 @@ from decimal import Decimal
 
 import pytest
 
+from eci_pay.answers import Answer
 from eci_pay.errors import OrderInProgress
 from eci_pay.service import PaymentService
 from eci_pay.views import PaymentView
 from tests.door import Door
 from tests.rows import paid
 from tests.support import (
+    FAULTS_IN_BOOKS,
     Books,
     Opener,
     RecordingGateway,
@@ -18,6 +20,7 @@ from tests.support import (
     Sessions,
     assert_books_are_true,
     charge_request,
+    create_request,
     refund_request,
     until,
     until_lock_waits,
@@ -58,6 +61,46 @@ async def test_a_charge_whose_begin_was_committed_and_its_answer_lost_goes_on(
     replay = await far.charges.charge(request=charge_request(1), idempotency_key="k")
     assert (replay.body, replay.replayed, len(gateway.charges)) == (answer.body, True, 1)
     await assert_books_are_true(books, gateway)
+
+
+SLOW_COMMIT = """
+CREATE FUNCTION takes_long() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER takes_long AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION takes_long();
+"""
+
+
+@pytest.mark.parametrize("operation", ["charge", "refund", "create"])
+async def test_a_begin_whose_commit_outlasts_its_connection_is_waited_for_and_goes_on(
+    far: PaymentService, door: Door, books: Books, gateway: RecordingGateway, operation: str
+) -> None:
+    payment_ids = await paid(far, 2) if operation == "refund" else []
+    sent = len(gateway.charges)
+    await books.rows(SLOW_COMMIT.format(table="refunds" if operation == "refund" else "payments"))
+
+    async def ask() -> Answer:
+        if operation == "charge":
+            return await far.charges.charge(request=charge_request(1), idempotency_key="k")
+        if operation == "create":
+            return await far.charges.create(request=create_request(1))
+        return await far.refunds.refund(payment_id=payment_ids[0], request=refund_request("40"))
+
+    asking = asyncio.create_task(ask())
+
+    async def commits() -> bool:
+        sleeping = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+        return await books.rows(sleeping) != []
+
+    await until(commits)
+    door.cut()
+    answer = await asking
+    assert answer.status_code == (200 if operation == "refund" else 201)
+    assert (len(gateway.charges) - sent, len(gateway.refunds)) == {
+        "charge": (1, 0),
+        "refund": (0, 1),
+        "create": (0, 0),
+    }[operation]
+    assert await books.rows(FAULTS_IN_BOOKS, 1) == []
 
 
 @pytest.mark.parametrize("key", ["k", None])
