@@ -51,19 +51,24 @@ def _params(request: ListRequest, *names: str) -> dict[str, Any]:
 
 @cache
 def _page_text(conditions: frozenset[str]) -> str:
-    newest_first = select(Payment).where(*_where(conditions)).order_by(col(Payment.payment_id).desc())
+    where = _where(conditions)
+    if conditions >= _DATES.keys():
+        where.append(_among_the_dated())
+    newest_first = select(Payment).where(*where).order_by(col(Payment.payment_id).desc())
     return _compiled(newest_first.offset(_parameter("row_offset")).limit(_parameter("row_limit")))
 
 
 @cache
 def _count_text(conditions: frozenset[str]) -> str:
-    counted = select(Payment.payment_id).where(*_where(conditions)).limit(_parameter("row_limit")).subquery()
+    where = _where(conditions)
+    if conditions > _DATES.keys():  # the dates alone are counted off their index
+        where.append(_among_the_dated())
+    counted = select(Payment.payment_id).where(*where).limit(_parameter("row_limit")).subquery()
     return _compiled(select(func.count().label("total")).select_from(counted))
 
 
 def _where(conditions: frozenset[str]) -> list[Any]:
-    where = [condition for name, condition in _CONDITIONS.items() if name in conditions]
-    return [*where, _among_the_dated()] if conditions >= _DATES.keys() else where
+    return [condition for name, condition in _CONDITIONS.items() if name in conditions]
 
 
 def _among_the_dated() -> ColumnElement[bool]:

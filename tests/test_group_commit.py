@@ -10,7 +10,7 @@ from eci_pay.answers import Answer
 from eci_pay.context import bind_origin, current_request_id
 from eci_pay.errors import Busy, OrderAlreadyPaid, Unavailable
 from eci_pay.gateways import GatewayCharge, Outcome
-from eci_pay.group_commit import GroupCommit
+from eci_pay.group_commit import Aside, GroupCommit
 from eci_pay.service import PaymentService
 from tests.support import (
     Books,
@@ -215,6 +215,18 @@ async def test_a_locked_row_leaves_its_batch_and_waits_alone() -> None:
         assert await write(3) == 30
     locks.unlocked.set()
     assert await asyncio.gather(locked, *waiting) == [70, *range(1000, 1200, 10)]
+
+
+async def test_rows_that_find_no_room_beside_the_lanes_are_busy_after_a_while() -> None:
+    locks = Locks()
+    locks.locked = {7, 8, 9}
+    write = GroupCommit(locks, lanes=1, batch_max=10, aside=Aside(connections=4), wait_seconds=0.2)
+    first, *others = await asked(write, 7, 8, 9)
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*others, return_exceptions=True)
+    assert [type(result) for result in results] == [Busy, Busy]
+    locks.unlocked.set()
+    assert (await first, await write(8)) == (70, 80)
 
 
 async def test_a_row_waits_no_longer_than_it_may_and_is_not_written_then() -> None:

@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
+from eci_pay import listing
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 from tests.support import Books, ManualClock, RecordingGateway, charge_fields
 
@@ -296,9 +297,22 @@ async def test_head_has_the_headers_of_get_and_no_body(api: httpx.AsyncClient) -
             assert head.headers[name] == got.headers[name]
 
 
+@pytest.fixture
+def composed_anew() -> Iterator[None]:
+    """The texts of lists are made for this test alone."""
+    for text in (listing._page_text, listing._count_text):
+        text.cache_clear()
+    yield
+    for text in (listing._page_text, listing._count_text):
+        text.cache_clear()
+
+
+@pytest.mark.usefixtures("composed_anew")
+@pytest.mark.parametrize("dated_max", [listing.DATED_MAX, 1], ids=["few of a time", "many of a time"])
 async def test_a_list_is_filtered_by_each_field_and_by_several_at_once(
-    api: httpx.AsyncClient, clock: ManualClock
+    api: httpx.AsyncClient, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, dated_max: int
 ) -> None:
+    monkeypatch.setattr(listing, "DATED_MAX", dated_max)
     start = clock.now
     await charge(api, 1, user_id=1)
     clock.advance(hours=1)

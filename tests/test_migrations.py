@@ -154,6 +154,29 @@ async def test_two_concurrent_runs_build_an_index_concurrently(empty_database_ur
     assert await index_is_valid(empty_database_url)
 
 
+async def test_a_migration_that_waits_for_a_table_does_not_keep_others_from_it(
+    empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_TRY_SECONDS", 0.1)
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_SECONDS", 0.2)
+    texts = {"0001_t.sql": "CREATE TABLE t (a int)", "0002_column.sql": "ALTER TABLE t ADD COLUMN b int"}
+    folder = bundled_migrations(written(tmp_path / "m", texts))
+    await migrate(empty_database_url, folder[:1])
+    async with await psycopg.AsyncConnection.connect(empty_database_url) as reader:
+        await reader.execute(b"SELECT a FROM t")
+        migrating = asyncio.create_task(migrate(empty_database_url, folder))
+
+        async def waits() -> bool:
+            waiting = "SELECT pid FROM pg_locks WHERE relation = 't'::regclass AND NOT granted"
+            return await query(empty_database_url, waiting) != []
+
+        await until(waits)
+        async with asyncio.timeout(5):
+            assert await query(empty_database_url, "SELECT a FROM t") == []
+        assert not migrating.done()
+    assert [migration.version for migration in await migrating] == [2]
+
+
 async def test_a_file_without_a_transaction_runs_again_where_its_record_was_lost(
     empty_database_url: str, tmp_path: Path
 ) -> None:
