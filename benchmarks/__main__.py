@@ -29,7 +29,13 @@ Figures = list[dict[str, Any]]
 
 async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run. Every figure is printed as it comes."""
-    result: dict[str, Figures] = {"reference": [], "charges": [], "half_load": [], "operations": []}
+    result: dict[str, Figures] = {
+        "reference": [],
+        "charges": [],
+        "half_load": [],
+        "reference_half_load": [],
+        "operations": [],
+    }
 
     def note(kind: str, figures: dict[str, Any]) -> None:
         result[kind].append(figures)
@@ -47,6 +53,11 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
             half = _rate(result["charges"], connections=MANY, workers=1) / 2
             async with template.copy() as url:
                 note("half_load", await Charging(url).over_http(MANY, 1, arguments.seconds, per_second=half))
+            async with template.copy() as url:
+                at_half = await Charging(url).reference(
+                    arguments.pgbench, REFERENCE_CLIENTS[-1], arguments.seconds, per_second=half
+                )
+                note("reference_half_load", at_half)
             async with template.copy() as url:
                 for figures in await Operating(url).over_http(MANY, arguments.seconds):
                     note("operations", figures)
@@ -72,9 +83,16 @@ def report(result: dict[str, Any]) -> None:
             name = f"charges, {connections} connection{'s' * (connections > 1)}, {workers} worker{'s' * (workers > 1)}"
             row(name, _of(result["charges"], connections=connections, workers=workers))
     row(f"charges, {MANY} connections, half the load", result["half_load"])
+    p99_ms, reference_p99_ms = (
+        median(each["p99_ms"] for each in result[kind]) for kind in ("half_load", "reference_half_load")
+    )
     for operation in OPERATIONS:
         row(f"{operation}s, {MANY} connections", _of(result["operations"], operation=operation))
 
+    print(
+        f"at half the load the p99 is {p99_ms:.1f} ms, and that of pgbench at the same rate {reference_p99_ms:.1f}: "
+        f"the service adds {p99_ms - reference_p99_ms:.1f} (wanted: under 25)"
+    )
     charged = _rate(result["charges"], connections=MANY, workers=1)
     for operation, wanted in (("read", 3), ("replay", 2)):
         times = _rate(result["operations"], operation=operation) / charged

@@ -9,6 +9,8 @@ import re
 import subprocess
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.stage import Stage, found
@@ -69,6 +71,10 @@ MESSAGE_VALUES = {
     ),
 }
 
+LATENCY_FIELD, LAG_FIELD = 2, 6
+"""Of a line of pgbench's log, in microseconds: the latency, and at a given rate how much of it is behind schedule, for
+which wrk, whose connections wait for their answers, knows nothing like it."""
+
 WARM_UP_ORDER_ID = 10_000_000_000
 BOOKED = """
 SELECT count(*)
@@ -98,23 +104,37 @@ def reference_script() -> str:
 class Charging(Stage):
     """Measures charges on a database of its own."""
 
-    async def reference(self, pgbench: str, clients: int, seconds: int) -> dict[str, Any]:
-        """Charges by pgbench, each as a pair of statements."""
-        with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-            script.write(reference_script())
-            script.flush()
-            options = ["-n", "-M", "prepared", "-D", "i=0", "-D", "first=0", "-T", str(seconds)]
+    async def reference(
+        self, pgbench: str, clients: int, seconds: int, *, per_second: float | None = None
+    ) -> dict[str, Any]:
+        """Charges by pgbench, each as a pair of statements, as fast as they go or at a rate."""
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "charge.sql"
+            script.write_text(reference_script())
+            options = ["-n", "-M", "prepared", "-D", "i=0", "-D", "first=0", "-T", str(seconds), "-l"]
+            if per_second is not None:
+                options += ["-R", str(per_second)]
             told = subprocess.run(
-                [pgbench, *options, "-c", str(clients), "-j", "1", "-f", script.name, self.url],
+                [pgbench, *options, "-c", str(clients), "-j", "1", "-f", script, self.url],
                 capture_output=True,
                 text=True,
                 check=True,
+                cwd=folder,
             ).stdout
+            lines = [
+                [int(field) for field in line.split()]
+                for log in Path(folder).glob("pgbench_log.*")
+                for line in log.read_text().splitlines()
+            ]
+        latencies = [(line[LATENCY_FIELD] - sum(line[LAG_FIELD : LAG_FIELD + 1])) / 1000 for line in lines]
         acknowledged = int(found(r"transactions actually processed: (\d+)", told))
+        assert len(latencies) == acknowledged
         return {
             "clients": clients,
             "per_second": float(found(r"tps = ([\d.]+)", told)),
             "mean_ms": float(found(r"latency average = ([\d.]+)", told)),
+            "p50_ms": median(latencies),
+            "p99_ms": quantiles(latencies, n=100)[-1],
             "unaccounted": await self.value(BOOKED) - acknowledged,
         }
 
