@@ -121,12 +121,7 @@ class Charging(Stage):
                 check=True,
                 cwd=folder,
             ).stdout
-            lines = [
-                [int(field) for field in line.split()]
-                for log in Path(folder).glob("pgbench_log.*")
-                for line in log.read_text().splitlines()
-            ]
-        latencies = [(line[LATENCY_FIELD] - sum(line[LAG_FIELD : LAG_FIELD + 1])) / 1000 for line in lines]
+            latencies = _latencies_ms(Path(folder))
         acknowledged = int(found(r"transactions actually processed: (\d+)", told))
         assert len(latencies) == acknowledged
         return {
@@ -154,3 +149,13 @@ class Charging(Stage):
         assert await self.value("SELECT count(*) AS n FROM payments WHERE status <> 'COMPLETED'") == 0
         assert 0 <= unaccounted <= connections, f"{unaccounted} charges more are booked than acknowledged"
         return {**told, "workers": workers}
+
+
+def _latencies_ms(folder: Path) -> list[float]:
+    """What pgbench has logged, in milliseconds."""
+    lines = [
+        [int(field) for field in line.split()]
+        for log in folder.glob("pgbench_log.*")
+        for line in log.read_text().splitlines()
+    ]
+    return [(line[LATENCY_FIELD] - sum(line[LAG_FIELD : LAG_FIELD + 1])) / 1000 for line in lines]

@@ -7,7 +7,8 @@ PayError
 │   ├── IdempotencyKeyMissing
 │   ├── IdempotencyKeyInvalid
 │   ├── IdempotencyKeyReused
-│   └── EventRefused
+│   ├── EventRefused
+│   └── FileInvalid                 carries one `FileFault` per fault, with its line and column
 ├── NotFound
 │   ├── PaymentNotFound
 │   ├── MessageNotFound
@@ -116,6 +117,38 @@ class EventRefused(InvalidRequest):
     """The event is not signed by the gateway, or was signed too long ago"""
 
     code = "event-refused"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFault:
+    """One fault of a file; lines count from 1, the header among them. There is no line where it is the whole file's."""
+
+    message: str
+    line: int | None = None
+    column: str | None = None
+
+    def __str__(self) -> str:
+        place = [] if self.line is None else [f"line {self.line}"]
+        if self.column is not None:
+            place.append(f"column {self.column}")
+        return f"{', '.join(place)}: {self.message}" if place else self.message
+
+
+class FileInvalid(InvalidRequest):
+    """The file is not valid"""
+
+    code = "file-invalid"
+
+    def __init__(self, file: str, faults: tuple[FileFault, ...]) -> None:
+        self.file = file
+        self.faults = faults
+        super().__init__("\n".join(f"{file}: {fault}" for fault in faults))
+
+    def members(self) -> dict[str, object]:
+        return {
+            "file": self.file,
+            "errors": [{"line": f.line, "column": f.column, "message": f.message} for f in self.faults],
+        }
 
 
 class NotFound(PayError):
