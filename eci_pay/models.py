@@ -200,6 +200,7 @@ class Recovery(SQLModel, table=True):
     last_result: str | None = Field(default=None, max_length=500)
     late_reference: str | None = Field(default=None, max_length=100)
     ended_at: datetime | None = _instant_or_none()
+    returned_reference: str | None = Field(default=None, max_length=100)
 
 
 class OutboxMessage(SQLModel, table=True):
@@ -239,3 +240,45 @@ class OutboxMessage(SQLModel, table=True):
     traceparent: str | None = Field(default=None, max_length=55)
     first_attempt_at: datetime | None = _instant_or_none()
     lease_id: UUID | None = None
+
+
+class ReconciliationRun(SQLModel, table=True):
+    """One reconciliation: what was compared, by whom, and what came of it."""
+
+    __tablename__ = "reconciliation_runs"
+    __table_args__ = (
+        Index("idx_reconciliation_runs_file_hash", "file_hash", postgresql_where=text("file_hash IS NOT NULL")),
+    )
+
+    run_id: int | None = _id()
+    operator: str = Field(max_length=100)
+    started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    ended_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    file_name: str | None = Field(default=None, max_length=500)
+    file_hash: str | None = Field(default=None, max_length=64)
+    period_from: datetime | None = _instant_or_none()
+    period_to: datetime | None = _instant_or_none()
+    payments: int = Field(sa_type=BigInteger)
+    lines: int = Field(sa_type=BigInteger)
+    differences: int = Field(sa_type=BigInteger)
+    faults: int = Field(sa_type=BigInteger)
+    repaired: int = Field(default=0, sa_type=BigInteger, sa_column_kwargs={"server_default": text("0")})
+    counts: dict[str, Any] = Field(sa_type=JSONB)
+
+
+class SettlementAwaited(SQLModel, table=True):
+    """What was booked so shortly before the end of a reconciled period that the gateway may settle it in the next."""
+
+    __tablename__ = "settlements_awaited"
+    __table_args__ = (
+        Index("idx_settlements_awaited_charge", "payment_id", unique=True, postgresql_where=text("refund_id IS NULL")),
+        UniqueConstraint("refund_id", name="idx_settlements_awaited_refund"),
+        Index("idx_settlements_awaited_open", "booked_at", postgresql_where=text("ended_run_id IS NULL")),
+    )
+
+    awaited_id: int | None = _id()
+    payment_id: int = _payment_id()
+    refund_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="refunds.refund_id")
+    booked_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    run_id: int = Field(sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")
+    ended_run_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")

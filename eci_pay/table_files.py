@@ -1,8 +1,8 @@
 """Files of rows that operators hand in: CSV with a header (RFC 4180), or JSON Lines; UTF-8, read once and in bounded
 memory, with the place of every fault.
 
-Tolerated: a byte order mark, CRLF, blank lines, spaces around names in the header, further columns, columns in any order,
-and a last line without its newline if it is complete, of which `TableFile.warnings` tells.
+Tolerated: a byte order mark, CRLF, blank lines, spaces around names in the header, further columns, columns in any
+order, and a last line without its newline if it is complete, of which `TableFile.warnings` tells.
 """
 
 import csv

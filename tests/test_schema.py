@@ -15,7 +15,16 @@ import eci_pay.models  # noqa: F401 - fills SQLModel.metadata
 from eci_pay.database import create_database, drop_database
 from tests.support import Books
 
-TABLES = ("payments", "transactions", "idempotency_keys", "refunds", "outbox", "recoveries")
+TABLES = (
+    "payments",
+    "transactions",
+    "idempotency_keys",
+    "refunds",
+    "outbox",
+    "recoveries",
+    "reconciliation_runs",
+    "settlements_awaited",
+)
 
 NAMED_INDEXES = {
     "idx_payments_order_id": ("payments", ["order_id"]),
