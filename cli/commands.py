@@ -21,6 +21,10 @@ COMMANDS = {
         "cli.recovering",
         "Ask the gateway what became of payments and refunds whose outcome is unknown, and settle them, until SIGTERM.",
     ),
+    "reconcile": (
+        "cli.reconcile",
+        "Check the books, and compare them with the gateway's settlement file; `reconcile history` lists the runs.",
+    ),
     "charge": ("cli.payments", "Charge an order, once."),
     "refund": ("cli.payments", "Refund a payment, whole or in part."),
     "show": ("cli.payments", "Show a payment with its refunds and its history."),

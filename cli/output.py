@@ -164,6 +164,11 @@ def duration(seconds: float | None) -> str:
     return " ".join(parts[:2]) or "0s"
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something: 1 line, 2,000 lines."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def styled(status: str) -> str:
     """A status in its colour, as rich markup."""
     style = _STYLE_OF_STATUS.get(status)

@@ -1,5 +1,6 @@
 """Runs a use case from a synchronous command."""
 
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from eci_pay.settings import Settings
 
 EXIT_INTERRUPTED = 130
+OPERATOR_LENGTH_MAX = 100
 
 T = TypeVar("T")
 
@@ -79,6 +81,17 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bo
         # Only output is left to do: a reader that has gone ends us as it ends every other program.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     return result
+
+
+def operator() -> str:
+    """Who runs this command, as the audit trail names them."""
+    import getpass
+
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        name = f"user {os.getuid()}" if hasattr(os, "getuid") else "somebody"
+    return output.printable(name)[:OPERATOR_LENGTH_MAX]
 
 
 def on_stop(callback: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.charge_records import ChargeSettlement
+from eci_pay.context import on_behalf
 from eci_pay.database import Database
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
 from eci_pay.group_commit import GroupCommit
@@ -139,7 +140,7 @@ class ChargeSettling:
                 decline_code=outcome.code,
                 message=outcome.message,
             )
-            description = f"Charge failed: {outcome.code}"
+            description = f"Charge failed: {outcome.code}{on_behalf()}"
         return ChargeSettlement(
             order_id=view.order_id,
             payment_id=view.payment_id,
@@ -169,7 +170,7 @@ def _approved_view(attempt: Attempt, outcome: Approved, at: datetime) -> Payment
         transaction_type="PAYMENT",
         amount=attempt.view.amount,
         status=PaymentStatus.COMPLETED.value,
-        description=f"Charge approved: {outcome.reference}",
+        description=f"Charge approved: {outcome.reference}{on_behalf()}",
         created_at=at,
     )
     return attempt.view.model_copy(

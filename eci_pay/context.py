@@ -1,7 +1,10 @@
-"""What belongs to the request at hand and travels with its task: the request id and the trace it is part of."""
+"""What belongs to the request at hand and travels with its task: the request id, the trace it is part of, and on whose
+behalf the books are changed where that is not the customer's."""
 
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -20,6 +23,7 @@ class Origin:
 
 
 _NO_ORIGIN = Origin()
+_acting: ContextVar[str] = ContextVar("acting", default="")
 _origin: ContextVar[Origin] = ContextVar("origin", default=_NO_ORIGIN)
 
 
@@ -45,3 +49,18 @@ def bind_origin(request_id: str | None, traceparent: str | None = None) -> str:
     valid = traceparent is not None and _TRACEPARENT.fullmatch(traceparent) is not None
     _origin.set(Origin(bound, traceparent if valid else None))
     return bound
+
+
+@contextmanager
+def acting_for(whom: str) -> Iterator[None]:
+    """What is written to the audit trail in this block says on whose behalf, and why."""
+    token = _acting.set(f" ({whom})")
+    try:
+        yield
+    finally:
+        _acting.reset(token)
+
+
+def on_behalf() -> str:
+    """What the audit trail adds to a description: empty where nobody else acts than the request itself."""
+    return _acting.get()

@@ -5,7 +5,8 @@ is kept in a session between statements, so it works behind a pooler in transact
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from types import NoneType
@@ -38,7 +39,14 @@ CONFLICT_TRIES_MAX = 6
 """How often a transaction is run before its serialization failures or deadlocks are passed on."""
 READ_TRIES_MAX = 3
 """How often a read is run before the loss of its connection is passed on."""
+LONG_STATEMENT_SECONDS_MAX = 600.0
+"""How long one statement of a long transaction may take."""
+LONG_WORK_MEM = "64MB"
 
+_LONG_LIMITS = (
+    f"SELECT set_config('statement_timeout', '{LONG_STATEMENT_SECONDS_MAX:.0f}s', true),"
+    f" set_config('work_mem', '{LONG_WORK_MEM}', true)"
+).encode()
 _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
 _SCHEMA = (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction)
 _OUT_OF_ORDER = (
@@ -55,8 +63,9 @@ class Database:
     def __init__(self, url: str, settings: Settings) -> None:
         statement_seconds = settings.eci_pay_statement_timeout_seconds or STATEMENT_MAX_SECONDS
         self._limit_seconds = statement_seconds + ANSWER_MARGIN_SECONDS
+        self._info = connection_info(url, settings)
         self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
-            connection_info(url, settings),
+            self._info,
             connection_class=AsyncConnection[DictRow],
             kwargs={
                 "autocommit": True,
@@ -123,6 +132,19 @@ class Database:
                     raise
         return await self._retried(run)
 
+    async def long_transaction(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Runs `work` once, in one transaction on a connection beside the pool: a large one, of which each statement
+        may take `LONG_STATEMENT_SECONDS_MAX` and `LONG_WORK_MEM` for each of its sorts. Every error leaves nothing,
+        but ConnectionLost leaves open whether it committed."""
+        async with await connect(self._info) as connection:
+            try:
+                with _translated(connection, LONG_STATEMENT_SECONDS_MAX):
+                    async with connection.transaction():
+                        await connection.execute(_LONG_LIMITS)
+                        return await work(connection)
+            except _CONFLICTS as error:
+                raise Unavailable(f"the database is too contended: {_first_line(error)}") from error
+
     async def _repeated(self, read: Callable[[], Awaitable[T]]) -> T:
         for _ in range(READ_TRIES_MAX - 1):
             try:
@@ -154,26 +176,38 @@ class Database:
         except (PoolTimeout, TooManyRequests, PoolClosed) as error:
             raise Unavailable(f"the database cannot be reached: {error}") from error
         try:
-            async with asyncio.timeout(self._limit_seconds):
-                return await work(connection)
-        except _CONFLICTS:
+            with _translated(connection, self._limit_seconds):
+                async with asyncio.timeout(self._limit_seconds):
+                    return await work(connection)
+        except DatabaseSilent:
             raise
-        except TimeoutError as error:
-            # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
-            raise DatabaseSilent(f"the database did not answer within {self._limit_seconds:.0f} s") from error
-        except errors.LockNotAvailable as error:
-            raise Busy(f"the database is busy: {_first_line(error)}") from error
-        except errors.QueryCanceled as error:
-            raise Unavailable(f"the database is busy: {_first_line(error)}") from error
-        except _SCHEMA as error:
-            raise SchemaOutdated(f"{_first_line(error)}: run `eci-pay migrate`") from error
-        except _OUT_OF_ORDER as error:
-            if connection.broken or connection.closed:
-                await self._pool.check()  # after a restart of the database the others are gone as well
-                raise ConnectionLost(f"the connection to the database was lost: {_first_line(error)}") from error
-            raise Unavailable(f"the database refuses: {_first_line(error)}") from error
+        except ConnectionLost:
+            await self._pool.check()  # after a restart of the database the others are gone as well
+            raise
         finally:
             await self._pool.putconn(connection)
+
+
+@contextmanager
+def _translated(connection: Connection, limit_seconds: float) -> Iterator[None]:
+    """Turns what the driver raises into our errors; conflicts are passed on, for they are worth another try."""
+    try:
+        yield
+    except _CONFLICTS:
+        raise
+    except TimeoutError as error:
+        # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
+        raise DatabaseSilent(f"the database did not answer within {limit_seconds:.0f} s") from error
+    except errors.LockNotAvailable as error:
+        raise Busy(f"the database is busy: {_first_line(error)}") from error
+    except errors.QueryCanceled as error:
+        raise Unavailable(f"the database is busy: {_first_line(error)}") from error
+    except _SCHEMA as error:
+        raise SchemaOutdated(f"{_first_line(error)}: run `eci-pay migrate`") from error
+    except _OUT_OF_ORDER as error:
+        if connection.broken or connection.closed:
+            raise ConnectionLost(f"the connection to the database was lost: {_first_line(error)}") from error
+        raise Unavailable(f"the database refuses: {_first_line(error)}") from error
 
 
 async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:

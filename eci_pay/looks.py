@@ -43,10 +43,9 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Leased:
-    """A recovery that this process works on."""
+class Unsettled:
+    """A charge or a refund whose outcome is looked up."""
 
-    recovery_id: int
     payment_id: int
     attempt: int
     refund_id: int | None
@@ -54,10 +53,6 @@ class Leased:
     currency: str
     payment_method: str
     begun_at: datetime
-    state: State
-    looks: int
-    lease_id: uuid.UUID
-    late_reference: str | None
     transaction_id: str
     charge_reference: str
     age_seconds: float
@@ -90,6 +85,17 @@ class Leased:
         return f"{what}payment {self.payment_id}"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leased(Unsettled):
+    """A recovery that this process works on."""
+
+    recovery_id: int
+    state: State
+    looks: int
+    lease_id: uuid.UUID
+    late_reference: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """The state after a look, and when the next one is due; None: after the usual distance."""
@@ -98,6 +104,7 @@ class Step:
     result: str
     delay_seconds: float | None = None
     late_reference: str | None = None
+    returned_reference: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +161,7 @@ class Looks:
 
     async def _settle(self, leased: Leased) -> Step:
         """Asks what became of the operation, and books it."""
-        outcome = await self._outcome(leased)
+        outcome = await self.outcome(leased)
         if outcome is None:
             return await self._settled_otherwise(leased)
         left_seconds = self.schedule.grace - leased.age_seconds
@@ -167,13 +174,13 @@ class Looks:
             return await self._never_happened(leased)
         if isinstance(outcome, Unknown):
             return Step(State.OPEN, outcome.message)
-        if not await self._book(leased, outcome):
+        if not await self.book(leased, outcome):
             return Step(State.OPEN, "could not be booked")
         return Step(State.DONE, "approved" if isinstance(outcome, Approved) else f"declined: {outcome.code}")
 
     async def _never_happened(self, leased: Leased) -> Step:
         """Unheard of for longer than any request may be under way."""
-        if not await self._book(leased, NEVER_HAPPENED):
+        if not await self.book(leased, NEVER_HAPPENED):
             return Step(State.OPEN, "could not be booked")
         if await self._is_booked(leased) is not False:
             return Step(State.DONE, "settled by its own request")
@@ -196,24 +203,24 @@ class Looks:
             return False
         return None if view.status is PaymentStatus.PROCESSING else view.captured_at is not None
 
-    async def _outcome(self, leased: Leased) -> Outcome | NotFound | None:
+    async def outcome(self, unsettled: Unsettled) -> Outcome | NotFound | None:
         """What the gateway says; None where the operation was settled meanwhile."""
-        if leased.refund_id is None:
-            if not await self.charges.is_open(leased.payment_id, leased.attempt):
+        if unsettled.refund_id is None:
+            if not await self.charges.is_open(unsettled.payment_id, unsettled.attempt):
                 return None
         else:
-            refund = await self.refunds.open_refund(leased.refund_id)
+            refund = await self.refunds.open_refund(unsettled.refund_id)
             if refund is None:
                 return None
             if refund["captured_at"] is None:
                 return NOT_CAPTURED
-        return await self.gateway.look_up(leased.operation)
+        return await self.gateway.look_up(unsettled.operation)
 
-    async def _book(self, leased: Leased, outcome: Approved | Declined) -> bool:
+    async def book(self, unsettled: Unsettled, outcome: Approved | Declined) -> bool:
         """Settles by the code of the request itself; whether it is settled now, by us or by somebody else."""
-        if leased.refund_id is None:
-            return await self.charges.settle_open(leased.payment_id, leased.attempt, outcome)
-        return await self.refunds.settle_open(leased.refund_id, outcome)
+        if unsettled.refund_id is None:
+            return await self.charges.settle_open(unsettled.payment_id, unsettled.attempt, outcome)
+        return await self.refunds.settle_open(unsettled.refund_id, outcome)
 
     async def _check(self, leased: Leased) -> Step:
         """Looks again at what was booked as never happened: each time it is twice as old, and last when watching ends.
@@ -263,7 +270,7 @@ class Looks:
             outcome = await self.gateway.give_back(refund)
         match outcome:
             case Approved(reference=reference):
-                return Step(State.DONE, f"taken late, given back: {reference}")
+                return Step(State.DONE, f"taken late, given back: {reference}", returned_reference=reference)
             case Declined(code=code):
                 return Step(State.LATE, f"taken late, and not given back: {code}: by hand, then --close")
             case Unknown(message=message):

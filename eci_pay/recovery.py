@@ -224,6 +224,7 @@ class Recovery:
                 "delay_seconds": float(delay),
                 "counts": int(is_due),
                 "late_reference": step.late_reference,
+                "returned_reference": step.returned_reference,
             },
         )
         _tell(leased, step)

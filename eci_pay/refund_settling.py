@@ -8,6 +8,7 @@ from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
+from eci_pay.context import on_behalf
 from eci_pay.database import Database, Row
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
 from eci_pay.group_commit import GroupCommit
@@ -63,7 +64,11 @@ class RefundSettling:
 
     async def reopen(self, refund_id: int) -> bool:
         """Takes a refund that was booked as never happened back to PROCESSING, if that much is left to refund."""
-        params = {"refund_id": refund_id, "at": self.clock(), "description": "Refund turned up at the gateway"}
+        params = {
+            "refund_id": refund_id,
+            "at": self.clock(),
+            "description": f"Refund turned up at the gateway{on_behalf()}",
+        }
         return bool(await self.database.fetch("refund_reopen", params))
 
     def _messages_of(self, refund: Row, outcome: Outcome, view: PaymentView) -> tuple[Message, ...]:
@@ -126,10 +131,10 @@ def _settlement(
     payment_id = refund["payment_id"]
     answer: Callable[[PaymentView], Answer] = answers.ok
     if isinstance(outcome, Approved):
-        status, response, description = RefundStatus.COMPLETED, outcome.message, "Refund approved"
+        status, response, description = RefundStatus.COMPLETED, outcome.message, f"Refund approved{on_behalf()}"
     else:
         status, response = RefundStatus.FAILED, f"{outcome.code}: {outcome.message}"
-        description = f"Refund failed: {outcome.code}"
+        description = f"Refund failed: {outcome.code}{on_behalf()}"
         # Made here, for it names the request at hand; what books it works for others too.
         refusal = declined(payment_id, outcome.code, outcome.message)
         answer = lambda _: refusal  # noqa: E731

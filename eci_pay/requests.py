@@ -191,6 +191,14 @@ class ListRequest(Request):
         return self
 
 
+def parse_instant(text: str, field: str) -> datetime:
+    """A date (UTC) or an instant with its zone; raises ValidationFailed."""
+    try:
+        return _instant(text)
+    except ValueError as error:
+        raise ValidationFailed.of(field, str(error)) from None
+
+
 def parse_request(model: type[_Request], fields: object) -> _Request:
     """Validates decoded fields; raises ValidationFailed with one entry per field."""
     try:

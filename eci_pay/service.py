@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+from eci_pay.book_checks import BookChecks
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
 from eci_pay.charge_settling import ChargeSettling
 from eci_pay.charges import Charges
@@ -25,6 +26,7 @@ from eci_pay.migrations import bundled_migrations, check_schema, migrate
 from eci_pay.outbox import Outbox
 from eci_pay.payments import Payments, read_payments
 from eci_pay.phases import Phases
+from eci_pay.reconciliation import Reconciliation
 from eci_pay.recovery import Recovery
 from eci_pay.refund_records import RefundBegin, RefundSettlement, begin_refunds, settle_refunds
 from eci_pay.refund_settling import RefundSettling
@@ -54,6 +56,7 @@ class PaymentService:
     messages: Messages
     outbox: Outbox
     recovery: Recovery
+    reconciliation: Reconciliation
     gateway_events: GatewayEvents
     database: Database
     clock: Clock
@@ -129,12 +132,8 @@ async def payment_service(
         clock=clock,
     )
     schedule = Schedule.of(settings)
-    recovery = Recovery(
-        database=database,
-        looks=Looks(gateway=calls, charges=charge_settling, refunds=refund_settling, schedule=schedule),
-        clock=clock,
-        schedule=schedule,
-    )
+    looks = Looks(gateway=calls, charges=charge_settling, refunds=refund_settling, schedule=schedule)
+    recovery = Recovery(database=database, looks=looks, clock=clock, schedule=schedule)
     await database.open()
     try:
         yield PaymentService(
@@ -166,6 +165,14 @@ async def payment_service(
             messages=messages,
             outbox=outbox,
             recovery=recovery,
+            reconciliation=Reconciliation(
+                database=database,
+                checks=BookChecks(database=database, clock=clock),
+                looks=looks,
+                outbox=outbox,
+                schedule=schedule,
+                clock=clock,
+            ),
             gateway_events=GatewayEvents(
                 database=database,
                 gateway=calls,

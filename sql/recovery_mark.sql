@@ -7,6 +7,7 @@ UPDATE recoveries SET
     lease_id = NULL,
     last_result = %(result)s::text,
     late_reference = coalesce(%(late_reference)s::text, late_reference),
+    returned_reference = coalesce(%(returned_reference)s::text, returned_reference),
     ended_at = CASE WHEN %(state)s::text = 'DONE' THEN now() END
 WHERE recovery_id = %(recovery_id)s::bigint AND lease_id = %(lease_id)s::uuid
 RETURNING recovery_id

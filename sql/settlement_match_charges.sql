@@ -1,0 +1,94 @@
+-- Finds the class of each line of a charge.
+--
+-- A payment has one transaction id for all its attempts, so the gateway's reference tells which of them a line is about.
+-- One that our books do not hold is a duplicate where the file has the one that they do hold as well. Money that
+-- came too late and was given back is in the books too: as a recovery.
+WITH known AS (
+    SELECT l.*, p.payment_id, p.order_id, p.amount AS our_amount, p.currency AS our_currency, p.status AS our_status,
+           p.authorization_code, p.captured_at, p.updated_at,
+           late.state AS late_state, late.amount AS late_amount, late.currency AS late_currency,
+           row_number() OVER same AS nth,
+           first_value(l.line) OVER same AS first_line,
+           bool_or(l.gateway_reference = p.authorization_code) OVER payment AS has_ours,
+           row_number() OVER (
+               payment ORDER BY l.status <> 'settled', (late.state IS NOT NULL), l.line
+           ) AS nth_of_payment
+    FROM settlement_lines l
+    LEFT JOIN payments p ON p.transaction_id = l.transaction_id
+    LEFT JOIN (
+        SELECT payment_id, state, amount, currency, late_reference
+        FROM recoveries
+        WHERE refund_id IS NULL AND late_reference IS NOT NULL
+    ) late ON late.payment_id = p.payment_id AND late.late_reference = l.gateway_reference
+          AND late.late_reference IS DISTINCT FROM p.authorization_code
+    WHERE l.operation = 'charge'
+    WINDOW payment AS (PARTITION BY l.transaction_id),
+           same AS (PARTITION BY l.transaction_id, l.gateway_reference ORDER BY l.status <> 'settled', l.line)
+),
+-- What a line is about: first whether our books hold it, then which class it is in.
+held AS (
+    SELECT k.*,
+           CASE
+               WHEN nth > 1 THEN 'again'
+               WHEN payment_id IS NULL THEN 'nothing'
+               WHEN late_state IS NOT NULL THEN 'late'
+               WHEN authorization_code = gateway_reference THEN 'ours'
+               WHEN authorization_code IS NOT NULL THEN 'another'
+               WHEN nth_of_payment > 1 AND status = 'settled' THEN 'again'
+               ELSE 'ours'
+           END AS about
+    FROM known k
+)
+INSERT INTO settlement_findings
+SELECT CASE about
+           WHEN 'again' THEN 'duplicate_at_gateway'
+           WHEN 'nothing' THEN 'missing_in_our_books'
+           WHEN 'another' THEN CASE
+               WHEN status = 'failed' THEN 'matched'
+               WHEN has_ours THEN 'duplicate_at_gateway'
+               ELSE 'missing_in_our_books'
+           END
+           WHEN 'late' THEN CASE
+               WHEN status <> 'settled' OR late_state <> 'DONE' THEN 'status_differs'
+               WHEN currency <> late_currency THEN 'currency_differs'
+               WHEN amount > late_amount THEN 'amount_over'
+               WHEN amount < late_amount THEN 'amount_under'
+               ELSE 'matched'
+           END
+           ELSE CASE
+               WHEN our_status = 'PROCESSING' AND updated_at > %(unknown_since)s::timestamptz THEN 'pending'
+               WHEN status = 'pending' AND captured_at > %(pending_since)s::timestamptz THEN 'pending'
+               WHEN status = 'failed' AND captured_at IS NULL AND our_status <> 'PROCESSING' THEN 'matched'
+               WHEN status <> 'settled' OR captured_at IS NULL THEN 'status_differs'
+               WHEN currency <> our_currency THEN 'currency_differs'
+               WHEN amount > our_amount THEN 'amount_over'
+               WHEN amount < our_amount THEN 'amount_under'
+               ELSE 'matched'
+           END
+       END,
+       operation, line, payment_id, order_id, NULL, transaction_id, gateway_reference,
+       CASE WHEN about = 'late' THEN gateway_reference ELSE authorization_code END,
+       amount,
+       CASE WHEN about = 'late' THEN late_amount ELSE our_amount END,
+       currency,
+       CASE WHEN about = 'late' THEN late_currency ELSE our_currency END,
+       status, our_status,
+       (about = 'ours' AND captured_at IS NOT NULL) OR (about = 'late' AND late_state = 'DONE'),
+       settled_at,
+       CASE about
+           WHEN 'again' THEN 'line ' || CASE WHEN nth > 1 THEN first_line::text || ' settles the same operation'
+                                             ELSE 'of another reference settles the same payment' END
+           WHEN 'nothing' THEN 'we know no payment with this transaction id'
+           WHEN 'another' THEN 'payment ' || payment_id || ' was taken under the reference ' || authorization_code
+           WHEN 'late' THEN 'taken too late: ' || CASE WHEN late_state = 'DONE' THEN 'put right by recovery'
+                                                       ELSE 'not yet put right by recovery' END
+           ELSE CASE
+               WHEN captured_at IS NULL AND our_status IN ('COMPLETED', 'REFUNDED')
+               THEN 'our books say that no gateway took the money'
+               WHEN status = 'settled' AND captured_at IS NOT NULL
+               THEN 'the gateway has ' || amount || ' ' || currency || ', our books have ' || our_amount || ' '
+                    || our_currency
+               ELSE 'the gateway says ' || status || ', our books say ' || our_status
+           END
+       END
+FROM held
