@@ -52,12 +52,14 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; white-sp
 .number { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 .currency th { background: var(--shade); padding-top: .6rem; }
 .total th, .total td { font-weight: bold; border-top: 1px solid var(--ink); border-bottom: 3px double var(--ink); }
-.label, .instant { overflow-wrap: normal; white-space: nowrap; }
-.id { min-width: 9rem; }
-.detail, .advice { min-width: 16rem; }
+.label { overflow-wrap: normal; white-space: nowrap; }
+.instant { overflow-wrap: normal; }
+.id { min-width: 8.5rem; }
+.detail { min-width: 12rem; }
+.advice { min-width: 16rem; }
 .differences { font-size: .87rem; }
 .differences tbody th { font-weight: normal; color: var(--soft); overflow-wrap: normal; }
-.status { min-width: 7.5em; }
+.status { min-width: 8.7em; }
 .differences .one tr:first-child > :not([rowspan]) { border-bottom-style: dotted; }
 .differences .one { break-inside: avoid; }
 @media (max-width: 40rem) { body { padding: 1rem; } .label { white-space: normal; } }
@@ -72,7 +74,6 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; white-sp
   .sums th, .sums td { padding: .15rem .3rem; }
   .id, .detail { min-width: 0; } .advice { min-width: 5.2cm; }
   .id { width: 12%; } .differences .detail { width: 20%; }
-  .differences .instant { white-space: normal; }
   svg { min-width: 0; }
   thead { display: table-header-group; }
   tr, .one, figure, .verdict { break-inside: avoid; }
@@ -112,15 +113,18 @@ def report_html(report: Report) -> Iterator[str]:
 
 def _verdict(report: Report) -> str:
     """What came of it, in words: the band's border says it again."""
-    found = f"{_counted(report.difference_count, 'difference')} and {_counted(report.fault_count, 'fault')}"
-    books = "our books are in order" if report.file is None else "the file and our books agree"
+    found = _counted(report.fault_count, "fault")
+    nothing = "No faults: our books are in order."
+    if report.file is not None:
+        found = f"{_counted(report.difference_count, 'difference')} and {found}"
+        nothing = "No differences and no faults: the file and our books agree."
     if not report.is_clean:
         mended = f", {report.repaired:,} of them repaired" if report.repaired else ""
         kind, head, words = "not-clean", "Not clean", f"{found}{mended}. Somebody has to look into them."
     elif report.repaired:
         kind, head, words = "clean", "Clean", f"{found}, all of them repaired."
     else:
-        kind, head, words = "clean", "Clean", f"No differences and no faults: {books}."
+        kind, head, words = "clean", "Clean", nothing
     return f'<p class="verdict {kind}"><strong>{head}</strong> {words}</p>\n'
 
 
@@ -159,6 +163,7 @@ def _lines(report: Report) -> Iterator[str]:
     for each in report.sums:
         counts[each.line_class] += each.count
     told = [each for each in LineClass if shown[each] or (each.is_difference and counts[each])]
+    told.sort(key=lambda each: not each.is_difference)  # what only waits comes last
 
     yield from _summary(report.sums, told)
     if report.days:
@@ -167,7 +172,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield '</div><figcaption class="soft">The number above a bar is of the different ones. Few among many are '
         yield "drawn higher than their share, to be seen.</figcaption></figure>\n"
     if told:
-        yield '<section class="wide">\n<h2>Differences one by one</h2>\n'
+        yield '<section class="wide">\n<h2>Lines and operations one by one</h2>\n'
         for line_class in told:
             yield from _differences(line_class, shown[line_class], counts[line_class])
         yield "</section>\n"

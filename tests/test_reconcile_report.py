@@ -307,6 +307,13 @@ def test_repaired_run_is_clean_and_says_what_was_found() -> None:
     )
 
 
+def test_what_only_waits_is_told_last() -> None:
+    waiting = replace(MISSING, line_class=LineClass.PENDING)
+    page = Page(replace(CLEAN, differences=(waiting, MISSING)))
+
+    assert page.source.index('id="missing_in_our_books"') < page.source.index('id="pending"')
+
+
 def test_facts_of_the_run_are_told() -> None:
     text = Page(replace(everything(), seconds=125.0)).text
 
@@ -331,7 +338,7 @@ def test_faults_stand_under_their_check_with_what_to_do() -> None:
 def test_without_a_file_nothing_is_said_of_lines() -> None:
     page = Page(no_file())
 
-    assert "No differences and no faults: our books are in order." in page.text
+    assert "Clean No faults: our books are in order." in page.text
     assert "none: our books were checked by themselves" in page.text
     for left_out in ("Lines compared", "SHA-256", "Period", "Summary", "over time"):
         assert left_out not in page.text
