@@ -61,7 +61,6 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; white-sp
 .differences tbody th { font-weight: normal; color: var(--soft); overflow-wrap: normal; }
 .status { min-width: 8.7em; }
 .differences .one tr:first-child > :not([rowspan]) { border-bottom-style: dotted; }
-.differences .one { break-inside: avoid; }
 @media (max-width: 40rem) { body { padding: 1rem; } .label { white-space: normal; } }
 @page { margin: 14mm 12mm; }
 @page wide { size: landscape; }
@@ -70,15 +69,14 @@ thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; white-sp
   .scroll { overflow: visible; }
   .wide { page: wide; }
   .wide th, .wide td { padding: .15rem .35rem; font-size: 7.5pt; }
-  .sums { font-size: 8pt; }
+  .sums { font-size: 7.5pt; }
   .sums th, .sums td { padding: .15rem .3rem; }
-  .id, .detail { min-width: 0; } .advice { min-width: 5.2cm; }
+  .id, .detail { min-width: 0; } .advice { min-width: 6.4cm; }
   .id { width: 12%; } .differences .detail { width: 20%; }
   svg { min-width: 0; }
   thead { display: table-header-group; }
-  tr, .one, figure, .verdict { break-inside: avoid; }
+  tr, .sums tbody, .one, figure, .verdict { break-inside: avoid; }
   h2, h3, h3 + p { break-after: avoid; }
-  .currency { break-after: avoid; } .total { break-before: avoid; }
   a { text-decoration: none; }
   svg, .currency th { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
