@@ -8,7 +8,7 @@ go on meanwhile, and the memory does not depend on their number.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from eci_pay.database import Database, Row
 from eci_pay.differences import DIFFERENCES_SHOWN_MAX, BookFault, Check
@@ -18,7 +18,7 @@ RANGE_PAYMENTS = 50_000
 RANGE_KEYS = 200_000
 UNSETTLED_MAX = 10_000
 """How many outcomes that are unknown are looked at; where there are more, the gateway is down."""
-MESSAGE_OVERDUE_SECONDS = 3600.0
+MESSAGE_WAITS_MAX = timedelta(hours=1)
 """How long a message may wait for its delivery."""
 
 
@@ -84,7 +84,7 @@ class BookChecks:
             params = {"first_id": first_id, "last_id": last_id, "count_max": DIFFERENCES_SHOWN_MAX}
             found.add_counted(await self.database.read("books_keys", params))
         found.add_counted(await self.database.read("books_late", {"count_max": DIFFERENCES_SHOWN_MAX}))
-        waits = {"count_max": DIFFERENCES_SHOWN_MAX, "overdue_seconds": MESSAGE_OVERDUE_SECONDS}
+        waits = {"count_max": DIFFERENCES_SHOWN_MAX, "overdue_before": self.clock() - MESSAGE_WAITS_MAX}
         found.add_counted(await self.database.read("books_messages", waits))
         on_progress(1.0)
 

@@ -14,7 +14,7 @@ UNION ALL
            event || ' to ' || destination || coalesce(': ' || last_error, ''), count(*) OVER ()
     FROM outbox
     WHERE delivered_at IS NULL AND dead_at IS NULL
-      AND created_at < now() - make_interval(secs => %(overdue_seconds)s::double precision)
+      AND created_at < %(overdue_before)s::timestamptz
     ORDER BY message_id
     LIMIT %(count_max)s::bigint
 )

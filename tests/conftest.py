@@ -25,6 +25,7 @@ from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from server.app import build_app
 from tests.door import Door
+from tests.ledger import Ledger
 from tests.peers import Peers
 from tests.support import (
     Books,
@@ -242,6 +243,19 @@ def relays(settings: Settings, telling: PaymentService, peers: Peers) -> Relays:
         return connected_relay(settings.model_copy(update=update), telling.outbox)
 
     return open_relay
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """The gateway of `recovering`."""
+    return Ledger()
+
+
+@pytest.fixture
+async def recovering(opened: Opener, peers: Peers, ledger: Ledger) -> AsyncIterator[PaymentService]:
+    """The use cases over `ledger`, where all three peers are configured."""
+    async with opened(gateway=ledger, **peers.settings()) as service:
+        yield service
 
 
 @pytest.fixture

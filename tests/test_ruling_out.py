@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
@@ -19,17 +19,14 @@ from eci_pay.gateways import Approved, Declined, GatewayUnavailable, NotFound, O
 from eci_pay.group_commit import Row, Write
 from eci_pay.refund_records import begin_refunds
 from eci_pay.service import PaymentService
-from tests.peers import Peers
+from tests.ledger import NOT_IN_TIME, Ledger, Operation
 from tests.rows import charge_begin, paid, refund_begin
-from tests.support import FAULTS_IN_BOOKS, Books, CommandLine, ManualClock, Opener
+from tests.support import FAULTS_IN_BOOKS, Books, CommandLine, ManualClock
 from tests.test_recovery import (
     DECLINED,
     NOT_HEARD_OF,
-    NOT_IN_TIME,
     TOLD_OF_FAILURE,
     TOLD_OF_SUCCESS,
-    Ledger,
-    Operation,
     aged,
     assert_finished,
     charged,
@@ -64,13 +61,6 @@ class Ruling(Ledger):
 def ledger() -> Ruling:
     """The gateway of `recovering`."""
     return Ruling()
-
-
-@pytest.fixture
-async def recovering(opened: Opener, peers: Peers, ledger: Ruling) -> AsyncIterator[PaymentService]:
-    """The use cases over `ledger`, where all three peers are configured."""
-    async with opened(gateway=ledger, **peers.settings()) as service:
-        yield service
 
 
 async def lost(service: PaymentService, ledger: Ruling, operation: str) -> int:
