@@ -37,7 +37,7 @@ _CSV_FAULTS = {
     "new-line": "a carriage return is in the middle of a line",
 }
 """What Python's words for a fault begin with, and ours."""
-_JSON_PLACE = re.compile(r": line 1 column (\d+) \(char \d+\)\.$")
+_JSON_PLACE = re.compile(r": line 1 column (\d+) \(char \d+\)$")
 
 Row = tuple[int, tuple[object, ...]]
 """The line where a row begins, and the values of the wanted columns: text in CSV, what JSON says in JSON Lines, and
@@ -157,7 +157,7 @@ class TableFile:
         block: str | None = first
         while block is not None:
             block_line = self._block_line
-            yield from StringIO(block, newline="\n")
+            yield from StringIO(block)
             size = len(block)
             block = next(blocks, None)
             if block is not None and self._row_line <= block_line and size >= LINE_BYTES_MAX:
@@ -211,7 +211,7 @@ class TableFile:
             try:
                 members = parse_json(stripped.encode())
             except MalformedJson as error:
-                words = _JSON_PLACE.sub(r" at character \1", error.detail.removeprefix("The body "))
+                words = _JSON_PLACE.sub(r" at character \1", error.detail.removeprefix("The body ").removesuffix("."))
                 raise self.fault(words, line=line) from None
             if not isinstance(members, dict):
                 raise self.fault("must be a JSON object", line=line)

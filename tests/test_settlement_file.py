@@ -97,8 +97,8 @@ def read(content: bytes) -> Iterator[SettlementLine]:
 
 def names(length_max: int) -> st.SearchStrategy[str]:
     """Printable, without spaces around."""
-    text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=length_max)
-    return text.filter(lambda name: name.isprintable() and name == name.strip())
+    printable = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
+    return st.text(printable, min_size=1, max_size=length_max).filter(lambda name: name == name.strip())
 
 
 @st.composite

@@ -101,7 +101,7 @@ def test_a_header_alone_is_a_file_without_rows() -> None:
         ("id,name\n".encode("utf-16"), None, None, "is UTF-16: UTF-8 is wanted"),
         ("\ufeffid,name\n".encode("utf-16-be"), None, None, "is UTF-16: UTF-8 is wanted"),
         (b'{"id":1,"name":"a"}\n{"id":2,"name":}\n', 2, None, "is not valid JSON: Expecting value at character 16"),
-        (b'{"id":1,"id":2,"name":""}\n', 1, None, "is not valid JSON: an object has the same name twice."),
+        (b'{"id":1,"id":2,"name":""}\n', 1, None, "is not valid JSON: an object has the same name twice"),
         (b'{"id":1,"name":"a"}\n\n[1]\n', 3, None, "must be a JSON object"),
         (b'{"id":1,"name":"a"}\n{"id":1}\n', 2, "name", "is missing"),
     ],
@@ -160,6 +160,9 @@ def test_lines_are_counted_over_all_blocks() -> None:
     place = FileFault(message="byte 9 is not UTF-8", line=count + 2)
     assert fault_of(good + b"1234567,\xff\n") == place
     assert fault_of(good + b"1\n").line == count + 2
+    in_json = b'{"id":1,"name":"a"}\n' * count
+    assert read(in_json)[-1] == (count, (1, "a"))
+    assert fault_of(in_json + b"{}\n").line == count + 1
 
 
 def test_the_digest_and_the_size_are_those_of_the_file() -> None:
