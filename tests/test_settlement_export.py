@@ -127,6 +127,20 @@ async def test_a_day_is_from_midnight_to_midnight_in_utc(
     assert await settled(service, date(2026, 11, 3)) == []
 
 
+async def test_refunds_that_the_gateway_was_not_asked_are_not_settled(
+    service: PaymentService, books: Books, clock: ManualClock
+) -> None:
+    await paid(service, 1, 2)
+    await books.rows("UPDATE payments SET captured_at = NULL WHERE order_id = 2")
+    for order_id, status, reference in ((1, "COMPLETED", None), (2, "COMPLETED", "RFND"), (2, "PROCESSING", None)):
+        await books.rows(
+            "INSERT INTO refunds (payment_id, amount, reason, status, gateway_reference, created_at, completed_at)"
+            " SELECT payment_id, 1, 'by hand', %s, %s, %s, %s FROM payments WHERE order_id = %s",
+            *(status, reference, clock.now, clock.now, order_id),
+        )
+    assert brief(await settled(service)) == [("charge", "100.00", "INR", "2.00")]
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 4])
 async def test_pages_neither_lose_nor_repeat_what_happened_at_one_instant(
     service: PaymentService, books: Books, monkeypatch: pytest.MonkeyPatch, page_size: int
@@ -152,9 +166,10 @@ async def test_money_taken_late_is_settled_and_so_is_its_return(service: Payment
     await paid(service, 1)
     await books.rows("UPDATE payments SET attempt = 4")
     noon, evening = datetime(2026, 11, 1, 12, 30, tzinfo=UTC), datetime(2026, 11, 1, 20, 0, tzinfo=UTC)
-    await books.rows(LATE, 1, 20, "LATE", noon, None, "LATE-KEPT", None)
+    await books.rows(LATE, 1, 20, "LATE", None, None, "LATE-KEPT", None)
+    await books.rows("UPDATE recoveries SET found_at = %s", noon)
     await books.rows(LATE, 2, 30, "DONE", evening, evening, "LATE-RETURNED", "RETURN")
-    await books.rows(LATE, 3, 40, "CHECKING", noon, None, None, None)
+    await books.rows(LATE, 3, 40, "CHECKING", noon, None, "WATCHED", None)
     await books.rows(LATE, 4, 100, "DONE", noon, noon, "BOOKED", None)
     lines = await settled(service)
     assert [(line["gateway_reference"], *moved) for line, moved in zip(lines, brief(lines), strict=True)] == [
@@ -214,7 +229,7 @@ async def test_a_day_is_exported_to_a_file_or_to_standard_output(
     to_file, as_json, in_lines = await asyncio.gather(
         command_line.run("settlement", "export", "--date=2026-11-01", "--output=new.csv"),
         command_line.run("settlement", "export", "--date=2026-11-01", "--output=old.csv", "--json"),
-        command_line.run("settlement", "export", "--date=2026-11-01", "--format=jsonl"),
+        command_line.run("settlement", "export", "--date=2026-11-01", "--format=jsonl", "--json"),
     )
     told = "3 lines\nINR 300.00 charged, 100.00 refunded, 6.00 in fees\nJPY 500 charged, 0 refunded, 10 in fees\n"
     assert (to_file.exit_code, to_file.stdout, to_file.stderr) == (0, "", told)
