@@ -37,6 +37,7 @@ COMMANDS = {
         "Place orders, charge, retry, decline, refund: on a database of its own, which is dropped at the end.",
     ),
     "outbox": ("cli.outbox", "Messages to other services, and their delivery."),
+    "settlement": ("cli.settlement", "Settlement files of the simulated gateway."),
 }
 """Each command's module and what it says of itself, which the tests hold to what the module says."""
 

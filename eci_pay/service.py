@@ -32,6 +32,7 @@ from eci_pay.refund_records import RefundBegin, RefundSettlement, begin_refunds,
 from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
+from eci_pay.settlement_export import SettlementExport
 from eci_pay.status_changes import StatusChanges
 
 Clock = Callable[[], datetime]
@@ -58,6 +59,7 @@ class PaymentService:
     recovery: Recovery
     reconciliation: Reconciliation
     gateway_events: GatewayEvents
+    settlements: SettlementExport
     database: Database
     clock: Clock
 
@@ -180,6 +182,7 @@ async def payment_service(
                 refunds=refund_settling,
                 payments=payments,
             ),
+            settlements=SettlementExport(database=database, gateway=calls, gateway_name=settings.eci_pay_gateway),
             database=database,
             clock=clock,
         )

@@ -7,8 +7,10 @@ order, and a last line without its newline if it is complete, of which `TableFil
 
 import csv
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from io import StringIO
 from operator import itemgetter
 from typing import BinaryIO, NoReturn
 
@@ -16,7 +18,9 @@ from eci_pay.errors import FileFault, FileInvalid, MalformedJson
 from eci_pay.requests import parse_json
 
 LINE_BYTES_MAX = 65_536
-"""Of one line, and in CSV of one field."""
+"""Of one line, its newline among them, and in CSV of one field."""
+BLOCK_BYTES = 262_144
+"""How much is read at a time."""
 SHOWN_LENGTH_MAX = 60
 """How much of what is wrong an error shows."""
 
@@ -27,6 +31,13 @@ _FOREIGN = {
     b"\xff\xfe": "is UTF-16: UTF-8 is wanted",
     b"\xfe\xff": "is UTF-16: UTF-8 is wanted",
 }
+_CSV_FAULTS = {
+    "unexpected end": "a quote is opened and never closed",
+    "field larger": f"a field has more than {LINE_BYTES_MAX:,} characters: is a quote left open?",
+    "new-line": "a carriage return is in the middle of a line",
+}
+"""What Python's words for a fault begin with, and ours."""
+_JSON_PLACE = re.compile(r": line 1 column (\d+) \(char \d+\)$")
 
 Row = tuple[int, tuple[object, ...]]
 """The line where a row begins, and the values of the wanted columns: text in CSV, what JSON says in JSON Lines, and
@@ -54,8 +65,12 @@ class TableFile:
         self._format = file_format
         self._bytes_max = bytes_max
         self._digest = hashlib.sha256()
-        self._line = 0
-        self._ends_early = False
+        self._block_line = 1
+        """The line that the block at hand begins with."""
+        self._row_line = 1
+        """The line where the row under way began."""
+        self._half_line: int | None = None
+        """The last line, where the file does not end with a newline."""
 
     @property
     def digest(self) -> str:
@@ -63,111 +78,148 @@ class TableFile:
         return self._digest.hexdigest()
 
     def rows(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
-        """The values of the `columns`, which the file must have, and of the `optional` ones, in that order.
-        Raises FileInvalid."""
-        first = self._next_line()
-        for mark, fault in _FOREIGN.items():
-            if first.startswith(mark):
-                self._refuse(fault)
+        """The values of the `columns`, which the file must have, and of the `optional` ones, in that order: two or more
+        in all. Raises FileInvalid."""
+        blocks = self._blocks()
+        first = next(blocks, "")
         if not first:
             self._refuse("is empty")
-        text = self._text(first.removeprefix(_BYTE_ORDER_MARK))
         is_jsonl = self._format is FileFormat.JSONL or (
-            self._format is FileFormat.AUTO and text.lstrip().startswith("{")
+            self._format is FileFormat.AUTO and first.lstrip().startswith("{")
         )
         read = self._jsonl_rows if is_jsonl else self._csv_rows
-        yield from read(self._texts(text), columns, optional)
-        if self._ends_early:
+        yield from read(self._lines(first, blocks), columns, optional)
+        if self._half_line is not None:
             self.warnings.append(f"{self.name}: the last line does not end with a newline; it was read as complete")
 
     def fault(self, message: str, *, line: int, column: str | None = None) -> FileInvalid:
         """The error of a value in the file."""
-        if self._ends_early and line == self._line:
-            message += " (the file ends in the middle of this line)"
+        if line == self._half_line:
+            message += " (the file ends there, without a newline)"
         return FileInvalid(self.name, (FileFault(message=message, line=line, column=column),))
 
     def _refuse(self, message: str) -> NoReturn:
         raise FileInvalid(self.name, (FileFault(message=message),))
 
-    def _next_line(self) -> bytes:
-        raw = self._stream.readline(LINE_BYTES_MAX + 1)
-        if raw:
-            self._line += 1
-            self._ends_early = not raw.endswith(b"\n")
-            self.bytes_read += len(raw)
-            self._digest.update(raw)
-            if len(raw) > LINE_BYTES_MAX:
-                raise self.fault(f"has more than {LINE_BYTES_MAX:,} bytes", line=self._line)
-            if self._bytes_max is not None and self.bytes_read > self._bytes_max:
-                self._refuse(f"has more than {self._bytes_max:,} bytes")
-        return raw
+    def _blocks(self) -> Iterator[str]:
+        """The file in pieces of whole lines: what concerns any text is seen to for thousands of lines at once."""
+        rest = b""
+        while read := self._stream.read(BLOCK_BYTES):
+            block = rest + self._counted(read)
+            self._check_line_lengths(block)
+            end = block.rfind(b"\n") + 1
+            rest = block[end:]
+            if end:
+                yield self._text(block[:end])
+                self._block_line += block.count(b"\n")
+        if rest:
+            self._half_line = self._block_line
+            yield self._text(rest)
 
-    def _text(self, raw: bytes) -> str:
+    def _counted(self, read: bytes) -> bytes:
+        """What was read, without the mark that a file may begin with."""
+        is_start = self.bytes_read == 0
+        self.bytes_read += len(read)
+        self._digest.update(read)
+        if self._bytes_max is not None and self.bytes_read > self._bytes_max:
+            self._refuse(f"has more than {self._bytes_max:,} bytes")
+        if not is_start:
+            return read
+        for mark, fault in _FOREIGN.items():
+            if read.startswith(mark):
+                self._refuse(fault)
+        return read.removeprefix(_BYTE_ORDER_MARK)
+
+    def _check_line_lengths(self, block: bytes) -> None:
+        """In steps of as many lines as fit into the limit."""
+        start = 0
+        while len(block) - start > LINE_BYTES_MAX:
+            end = block.rfind(b"\n", start, start + LINE_BYTES_MAX)
+            if end < 0:
+                raise self.fault(f"has more than {LINE_BYTES_MAX:,} bytes", line=self._line_of(block, start))
+            start = end + 1
+
+    def _text(self, block: bytes) -> str:
         try:
-            text = raw.decode()
+            text = block.decode()
         except UnicodeDecodeError as error:
-            raise self.fault(f"byte {error.start + 1} is not UTF-8", line=self._line) from None
+            place = error.start - block.rfind(b"\n", 0, error.start)
+            raise self.fault(f"byte {place} is not UTF-8", line=self._line_of(block, error.start)) from None
         if "\0" in text:
-            raise self.fault("must not contain NUL characters", line=self._line)
+            raise self.fault("must not contain NUL characters", line=self._line_of(block, block.index(b"\0")))
         return text
 
-    def _texts(self, first: str) -> Iterator[str]:
-        yield first
-        next_line, text = self._next_line, self._text
-        while raw := next_line():
-            yield text(raw)
+    def _line_of(self, block: bytes, place: int) -> int:
+        return self._block_line + block.count(b"\n", 0, place)
+
+    def _lines(self, first: str, blocks: Iterator[str]) -> Iterator[str]:
+        """Ends a row that goes on and on: a quote that is left open must not take the whole file in."""
+        block: str | None = first
+        while block is not None:
+            block_line = self._block_line
+            yield from StringIO(block)
+            size = len(block)
+            block = next(blocks, None)
+            if block is not None and self._row_line <= block_line and size >= LINE_BYTES_MAX:
+                raise self.fault(
+                    f"a row has more than {LINE_BYTES_MAX:,} characters: is a quote left open?", line=self._row_line
+                )
 
     def _csv_rows(self, lines: Iterator[str], columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
         csv.field_size_limit(LINE_BYTES_MAX)
         reader = csv.reader(lines, strict=True)
         try:
-            header = next((row for row in reader if row), None)
+            header = next((row for row in reader if any(name.strip() for name in row)), None)
             if header is None:
                 self._refuse("is empty")
-            pick = self._picker(header, columns, optional)
+            pick = self._picker(header, columns, optional, line=reader.line_num)
             width = len(header)
-            line = reader.line_num + 1
+            self._row_line = reader.line_num + 1
             for row in reader:
                 if len(row) == width:
-                    yield line, pick(row)
-                elif row:
-                    raise self.fault(f"has {len(row)} fields, and the header has {width}", line=line)
-                line = reader.line_num + 1
+                    yield self._row_line, pick(row)
+                elif any(field.strip() for field in row):
+                    hint = ": a comma within a value needs quotes around it" if len(row) > width else ""
+                    raise self.fault(f"has {len(row)} fields, and the header has {width}{hint}", line=self._row_line)
+                self._row_line = reader.line_num + 1
         except csv.Error as error:
-            raise self.fault(f"is not CSV: {error}", line=reader.line_num) from None
+            words = next((ours for theirs, ours in _CSV_FAULTS.items() if str(error).startswith(theirs)), str(error))
+            raise self.fault(f"is not CSV: {words}", line=self._row_line) from None
 
     def _picker(
-        self, header: Sequence[str], columns: Sequence[str], optional: Sequence[str]
+        self, header: Sequence[str], columns: Sequence[str], optional: Sequence[str], *, line: int
     ) -> Callable[[list[str]], tuple[object, ...]]:
-        """Takes the wanted values out of a line."""
+        """Takes the wanted values out of a row."""
         names = [name.strip().lower() for name in header]
         for name in (*columns, *optional):
             if names.count(name) > 1:
-                raise self.fault("is there twice", line=self._line, column=name)
+                raise self.fault("is there twice", line=line, column=name)
         if missing := [name for name in columns if name not in names]:
             hint = ": columns are separated by commas" if len(names) == 1 else ""
-            raise self.fault(f"the header lacks {', '.join(missing)}{hint}", line=self._line)
-        places = [names.index(name) if name in names else None for name in (*columns, *optional)]
-        known = [place for place in places if place is not None]
-        if len(known) == len(places) > 1:
-            return itemgetter(*known)
-        return lambda row: tuple(None if place is None else row[place] for place in places)
+            raise self.fault(f"the header lacks {', '.join(missing)}{hint}", line=line)
+        absent = len(names)
+        pick = itemgetter(*(names.index(name) if name in names else absent for name in (*columns, *optional)))
+        if all(name in names for name in optional):
+            return pick
+        return lambda row: pick([*row, None])
 
     def _jsonl_rows(self, lines: Iterator[str], columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
-        for text in lines:
-            if not text.strip():
+        for line, text in enumerate(lines, 1):
+            self._row_line = line + 1
+            stripped = text.strip()
+            if not stripped:
                 continue
-            line = self._line
             try:
-                members = parse_json(text.encode())
+                members = parse_json(stripped.encode())
             except MalformedJson as error:
-                raise self.fault(error.detail, line=line) from None
+                words = _JSON_PLACE.sub(r" at character \1", error.detail.removeprefix("The body ").removesuffix("."))
+                raise self.fault(words, line=line) from None
             if not isinstance(members, dict):
                 raise self.fault("must be a JSON object", line=line)
             for name in columns:
                 if name not in members:
                     raise self.fault("is missing", line=line, column=name)
-            yield line, tuple(members.get(name) for name in (*columns, *optional))
+            yield line, tuple([members.get(name) for name in (*columns, *optional)])
 
 
 def shown(value: object) -> str:

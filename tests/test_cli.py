@@ -435,11 +435,11 @@ async def test_every_command_has_help_with_an_example(command_line: CommandLine)
     commands = re.findall(r"^  ([a-z][a-z-]*)  ", overview.stdout, re.MULTILINE)
     assert {"serve", "relay", "outbox", "peers", "migrate", "charge", "refund", "show", "list"} <= set(commands)
     assert {"cancel", "expire-keys", "demo"} <= set(commands)
-    group = await command_line.run("outbox", "--help")
-    for command in [
-        *commands,
-        *(f"outbox {name}" for name in re.findall(r"^  ([a-z]+)  ", group.stdout, re.MULTILINE)),
-    ]:
+    for group in ("outbox", "settlement"):
+        within = await command_line.run(group, "--help")
+        commands += [f"{group} {name}" for name in re.findall(r"^  ([a-z]+)  ", within.stdout, re.MULTILINE)]
+    assert {"outbox purge", "settlement export"} <= set(commands)
+    for command in commands:
         result = await command_line.run(*command.split(), "--help")
         assert (result.exit_code, result.stderr) == (0, "")
         example = re.search(rf"Example: eci-pay {command}\b", re.sub(r"\s+", " ", result.stdout))

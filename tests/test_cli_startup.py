@@ -27,6 +27,7 @@ HELP = [
     ["no-such-command"],
     *([name, "--help"] for name in COMMANDS),
     ["outbox", "list", "--help"],
+    ["settlement", "export", "--help"],
 ]
 
 
