@@ -1,13 +1,13 @@
 """The settlement file of the simulated gateway, which keeps no books: of each operation that it was asked for by ours,
 its lookup tells what it has done. With it, a whole reconciliation can be tried."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from eci_pay.charge_settling import charge_key
-from eci_pay.database import Database, Row
+from eci_pay.database import Connection, Database, Row
 from eci_pay.differences import Operation
 from eci_pay.errors import InvalidRequest
 from eci_pay.gateway_calls import GatewayCalls
@@ -22,13 +22,13 @@ from eci_pay.settlement_file import (
     settlement_header,
     settlement_text,
 )
+from eci_pay.statements import statement
 from eci_pay.table_files import FileFormat
 
 SIMULATED = "simulated"
 FEE_RATE = Decimal("0.02")
 """What the simulated gateway takes of a charge; a refund is free."""
-PAGE_SIZE = 10_000
-"""Each page may read whole tables, so it is not small; its rows take some 10 MB."""
+FETCHED_AT_ONCE = 2_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,29 +79,25 @@ class SettlementExport:
         if not YEAR_MIN <= day.year <= YEAR_MAX:
             raise InvalidRequest(f"{day}: is not in the years {YEAR_MIN} to {YEAR_MAX}")
         exported = Exported()
-        first_line = 1 if file_format is FileFormat.JSONL else 2
-        write(settlement_header(file_format))
-        async for row in self._operations(day):
-            reference = row["reference"] or await self._approved(row)
-            if reference is not None:
-                line = _line(row, reference, first_line + exported.lines)
-                exported.add(line)
-                write(settlement_text(line, file_format))
-        return exported
-
-    async def _operations(self, day: date) -> AsyncIterator[Row]:
-        """What our books say that the gateway was asked, page by page."""
         begin = datetime.combine(day, time.min, UTC)
-        after = {"after_at": begin, "after_source": 0, "after_id": 0}
-        while True:
-            params = {**after, "day_end": begin + timedelta(days=1), "count_max": PAGE_SIZE}
-            page = await self.database.read("settlement_operations", params)
-            for row in page:
-                yield row
-            if len(page) < PAGE_SIZE:
-                return
-            last = page[-1]
-            after = {"after_at": last["at"], "after_source": last["source"], "after_id": last["id"]}
+        params = {"day_begin": begin, "day_end": begin + timedelta(days=1)}
+        first_line = 1 if file_format is FileFormat.JSONL else 2
+
+        async def work(connection: Connection) -> None:
+            # A cursor shows all of them as they were at one moment, and holds few at a time.
+            async with connection.cursor("operations") as cursor:
+                cursor.itersize = FETCHED_AT_ONCE
+                await cursor.execute(statement("settlement_operations"), params)
+                async for row in cursor:
+                    reference = row["reference"] or await self._approved(row)
+                    if reference is not None:
+                        line = _line(row, reference, first_line + exported.lines)
+                        exported.add(line)
+                        write(settlement_text(line, file_format))
+
+        write(settlement_header(file_format))
+        await self.database.long_transaction(work)
+        return exported
 
     async def _approved(self, row: Row) -> str | None:
         """The gateway's name of what it has done; None where it has done nothing."""
