@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
 from eci_pay.charge_settling import ChargeSettling
@@ -31,6 +32,9 @@ from eci_pay.refund_settling import RefundSettling
 from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
 from eci_pay.status_changes import StatusChanges
+
+if TYPE_CHECKING:
+    from eci_pay.bulk import Bulk
 
 Clock = Callable[[], datetime]
 
@@ -57,6 +61,13 @@ class PaymentService:
     gateway_events: GatewayEvents
     database: Database
     clock: Clock
+
+    @property
+    def bulk(self) -> "Bulk":
+        """Files of refunds and charges."""
+        from eci_pay.bulk import Bulk
+
+        return Bulk(database=self.database, charges=self.charges, refunds=self.refunds, clock=self.clock)
 
     async def check_ready(self) -> None:
         """Raises Unavailable where the database does not answer."""

@@ -7,7 +7,7 @@ order, and a last line without its newline if it is complete, of which `TableFil
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from operator import itemgetter
 from typing import BinaryIO, NoReturn
@@ -56,15 +56,17 @@ class TableFile:
         self._digest = hashlib.sha256()
         self._line = 0
         self._ends_early = False
+        self._closed = False
 
     @property
     def digest(self) -> str:
         """SHA-256 of what was read, in hexadecimal; of the whole file once all rows are read."""
         return self._digest.hexdigest()
 
-    def rows(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
-        """The values of the `columns`, which the file must have, and of the `optional` ones, in that order.
-        Raises FileInvalid."""
+    def rows(self, columns: Sequence[str], optional: Sequence[str] = (), *, closed: bool = False) -> Iterator[Row]:
+        """The values of the `columns`, which the file must have, and of the `optional` ones, in that order; where it
+        is `closed`, it must have no others. Raises FileInvalid."""
+        self._closed = closed
         first = self._next_line()
         for mark, fault in _FOREIGN.items():
             if first.startswith(mark):
@@ -147,11 +149,18 @@ class TableFile:
         if missing := [name for name in columns if name not in names]:
             hint = ": columns are separated by commas" if len(names) == 1 else ""
             raise self.fault(f"the header lacks {', '.join(missing)}{hint}", line=self._line)
+        self._refuse_others(names, (*columns, *optional), line=self._line)
         places = [names.index(name) if name in names else None for name in (*columns, *optional)]
         known = [place for place in places if place is not None]
         if len(known) == len(places) > 1:
             return itemgetter(*known)
         return lambda row: tuple(None if place is None else row[place] for place in places)
+
+    def _refuse_others(self, names: Iterable[str], known: Sequence[str], *, line: int) -> None:
+        """A misspelt column must not pass for one that was left out, where that would mean something."""
+        if self._closed and (others := [name for name in names if name not in known]):
+            column = others[0][:SHOWN_LENGTH_MAX]
+            raise self.fault(f"is not known; known are {', '.join(known)}", line=line, column=column)
 
     def _jsonl_rows(self, lines: Iterator[str], columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
         for text in lines:
@@ -167,6 +176,7 @@ class TableFile:
             for name in columns:
                 if name not in members:
                     raise self.fault("is missing", line=line, column=name)
+            self._refuse_others(members, (*columns, *optional), line=line)
             yield line, tuple(members.get(name) for name in (*columns, *optional))
 
 
