@@ -8,7 +8,7 @@ those may begin to expire.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -75,7 +75,7 @@ class Bulk:
         self._refuse_if_too_late(plan.file, run)
         return BulkRun(
             plan=plan,
-            first_run_at=run["started_at"],
+            first_run_at=run["started_at"].astimezone(UTC),
             clock=self.clock,
             ask=self._ask_patiently,
             look_up=lambda tasks: self._look_up(tasks, [task.key for task in tasks]),
@@ -110,10 +110,8 @@ class Bulk:
         """A first run in the future is one by another clock, which keys do not expire by either."""
         age = self.clock() - run["started_at"]
         if not -RERUN_MARGIN <= age <= RERUN_WITHIN:
-            raise FileRunTooLongAgo(
-                f"{file.name} was first run at {run['started_at']:%Y-%m-%d %H:%M:%S} UTC by {run['operator']}. "
-                f"{TOO_LATE}"
-            )
+            first = f"{run['started_at'].astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC by {run['operator']}"
+            raise FileRunTooLongAgo(f"{file.name} was first run at {first}. {TOO_LATE}")
 
 
 TOO_LATE = (

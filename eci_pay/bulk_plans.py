@@ -112,7 +112,8 @@ class RefundPlanner(Planner):
             return
         refunded = self._refunded.setdefault(payment_id, found["refunded_amount"])
         if found["key_id"] is not None:
-            self._task(row, found, found["refund_amount"], found["currency"])
+            # Nobody but us makes keys like ours; whoever did so for no refund has it refused later.
+            self._task(row, found, found["refund_amount"] or row.request.amount or Decimal(0), found["currency"])
             return
         begin = RefundBegin.of(payment_id, row.request, Claim(value=None, caller="", request_hash=None), self.at)
         if error := begin.fault({**found, "refunded_amount": refunded}):
