@@ -57,11 +57,8 @@ def run_batch(kind: "BulkKind", options: BatchOptions, *, yes: bool) -> None:
 
     assert options.file is not None
     results = None if options.dry_run else ResultsFile(results_path(options.file, options.results))
-    file = _read(kind, options.file)
-    for warning in file.warnings:
-        output.note(f"warning: {warning}")
     with _safe_to_repeat():
-        plan = run_with_service(lambda service: service.bulk.plan(file))
+        plan = _plan(kind, options.file)
         if results is None:
             _print_plan(plan)
             return
@@ -73,6 +70,13 @@ def run_batch(kind: "BulkKind", options: BatchOptions, *, yes: bool) -> None:
         results.complete(report)
     _print_report(report, results)
     _finish(report)
+
+
+def _plan(kind: "BulkKind", name: str) -> "Plan":
+    file = _read(kind, name)
+    for warning in file.warnings:
+        output.note(f"warning: {warning}")
+    return run_with_service(lambda service: service.bulk.plan(file))
 
 
 def _read(kind: "BulkKind", name: str) -> "BulkFile":

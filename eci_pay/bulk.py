@@ -57,7 +57,7 @@ class Bulk:
             self._refuse_if_too_late(file, run)
         planner = planner_of(file, self.charges, self.clock())
         for rows in chunks(file.rows):
-            for row, found in zip(rows, await self._look_up(rows, [file.key(row) for row in rows]), strict=True):
+            for row, found in zip(rows, await self._look_up(rows, [file.key(row.line) for row in rows]), strict=True):
                 planner.add(row, found)
         return planner.plan()
 

@@ -76,9 +76,9 @@ class BulkFile:
     rows: Sequence[BulkRow]
     warnings: tuple[str, ...]
 
-    def key(self, row: BulkRow) -> str:
-        """The row's idempotency key."""
-        return f"bulk-{self.kind}-{self.digest}-{row.line}"
+    def key(self, line: int) -> str:
+        """The idempotency key of the row in that line."""
+        return f"bulk-{self.kind}-{self.digest}-{line}"
 
 
 class Faults:

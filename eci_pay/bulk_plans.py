@@ -7,7 +7,7 @@ whatever their payment's state, for it may be that state because of them.
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 
@@ -30,9 +30,14 @@ class Task:
     order_id: int
     amount: Decimal
     currency: str
-    key: str
+    file: BulkFile
     was_begun: bool
     request: RefundRequest | ChargeRequest
+
+    @property
+    def key(self) -> str:
+        """Its idempotency key."""
+        return self.file.key(self.line)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,7 @@ class Planner(ABC):
 
     def __post_init__(self) -> None:
         self.faults = Faults(self.file.name)
+        self.file = replace(self.file, rows=())  # they go on as tasks: both would take twice the memory
 
     @abstractmethod
     def add(self, row: BulkRow, found: Row) -> None:
@@ -86,7 +92,7 @@ class Planner(ABC):
             order_id=row.order_id or found["order_id"],
             amount=amount,
             currency=currency,
-            key=self.file.key(row),
+            file=self.file,
             was_begun=found["key_id"] is not None,
             request=row.request,
         )

@@ -137,12 +137,13 @@ class BulkRun:
         for failure in await asyncio.gather(*workers, return_exceptions=True):
             if failure is not None:
                 raise failure
-        results = [told.get(task.line) or Result.of(task, Outcome.NOT_TRIED) for task in self.plan.tasks]
+        results = [told.pop(task.line, Result.of(task, Outcome.NOT_TRIED)) for task in self.plan.tasks]
+        await self._complete(results)
         return Report(
             plan=self.plan,
             first_run_at=self.first_run_at,
             end=self.end or End.COMPLETE,
-            results=await self._completed(results),
+            results=results,
         )
 
     async def _work(
@@ -190,17 +191,17 @@ class BulkRun:
             _log.exception("the row in line %d failed", task.line)
             return Result.of(task, Outcome.UNKNOWN, f"unexpected {type(error).__name__}: {error}")
 
-    async def _completed(self, results: Sequence[Result]) -> Sequence[Result]:
-        """With what the books know in the end: ids, sums of refunds, and what became of rows that this run has not
-        done but another has begun."""
-        completed: list[Result] = []
+    async def _complete(self, results: list[Result]) -> None:
+        """Adds what the books know in the end: ids, sums of refunds, and what became of rows that this run has not done
+        but another has begun."""
         try:
-            for some in chunks(results):
-                found = await self.look_up([result.task for result in some])
-                completed += [_looked_up(result, row) for result, row in zip(some, found, strict=True)]
+            for some in chunks(range(len(results))):
+                found = await self.look_up([results[number].task for number in some])
+                for number, row in zip(some, found, strict=True):
+                    results[number] = _looked_up(results[number], row)
         except Unavailable as error:
             _log.warning("refunds and payments cannot be named: %s", error)
-        return [*completed, *(_not_guessed(result) for result in results[len(completed) :])]
+            results[:] = [_not_guessed(result) for result in results]
 
 
 def chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:
