@@ -95,6 +95,7 @@ async def _run(service: "PaymentService", plan: "Plan", results: "ResultsFile", 
     """Ends early, but in order, on SIGINT and SIGTERM."""
     from eci_pay.bulk_runs import CONCURRENCY_DEFAULT
 
+    await service.bulk.check_clock()
     run = await service.bulk.begin(plan, operator=_operator())
     on_stop(run.stop)
     with results.opened(plan), _progress(plan) as advance:

@@ -16,10 +16,10 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from eci_pay.answers import Answer
 from eci_pay.bulk_files import BulkFile
 from eci_pay.bulk_plans import Plan, Task, planner_of
-from eci_pay.bulk_runs import RERUN_MARGIN, RERUN_WITHIN, BulkRun, chunks
+from eci_pay.bulk_runs import CLOCKS_DIFFER_MAX, RERUN_WITHIN, BulkRun, chunks, may_run
 from eci_pay.charges import Charges
 from eci_pay.database import Database, Row
-from eci_pay.errors import FileRunTooLongAgo, IdempotencyKeyInFlight
+from eci_pay.errors import FileRunTooLongAgo, IdempotencyKeyInFlight, Unavailable
 from eci_pay.refunds import Refunds
 from eci_pay.requests import RefundRequest
 
@@ -60,6 +60,15 @@ class Bulk:
             for row, found in zip(rows, await self._look_up(rows, [file.key(row.line) for row in rows]), strict=True):
                 planner.add(row, found)
         return planner.plan()
+
+    async def check_clock(self) -> None:
+        """Raises Unavailable where this machine's clock is not the database's, by which others are held to the time."""
+        (row,) = await self.database.read("database_clock")
+        if abs(self.clock() - row["now"]) > CLOCKS_DIFFER_MAX:
+            raise Unavailable(
+                f"this machine's clock is more than {CLOCKS_DIFFER_MAX // timedelta(minutes=1)} minutes off the "
+                f"database's, which says {row['now'].astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC; nothing was sent"
+            )
 
     async def begin(self, plan: Plan, *, operator: str) -> BulkRun:
         """Records the run, before its first row. Raises FileRunTooLongAgo and Unavailable."""
@@ -107,9 +116,7 @@ class Bulk:
         return await self.database.read("bulk_standing", params)
 
     def _refuse_if_too_late(self, file: BulkFile, run: Row) -> None:
-        """A first run in the future is one by another clock, which keys do not expire by either."""
-        age = self.clock() - run["started_at"]
-        if not -RERUN_MARGIN <= age <= RERUN_WITHIN:
+        if not may_run(run["started_at"], self.clock()):
             first = f"{run['started_at'].astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC by {run['operator']}"
             raise FileRunTooLongAgo(f"{file.name} was first run at {first}. {TOO_LATE}")
 

@@ -25,6 +25,8 @@ UNAVAILABLE_ROWS_MAX = 20
 RERUN_MARGIN = timedelta(hours=2)
 """How long before its first key may expire a file is left alone: for clocks that differ, and for rows that wait."""
 RERUN_WITHIN = KEY_LIFETIME - RERUN_MARGIN
+CLOCKS_DIFFER_MAX = timedelta(minutes=15)
+"""How far a clock may be from the database's, or back from where it was: keys expire by the clock that made them."""
 LOOKED_UP_ROWS_MAX = 5000
 """How many rows are looked up in the books at a time."""
 
@@ -164,7 +166,7 @@ class BulkRun:
 
     def _stop_if_late(self, until: float) -> None:
         """By two clocks, as a `Place`: one may be set back, the other stands still while the machine sleeps."""
-        if self.clock() > self.first_run_at + RERUN_WITHIN or time.monotonic() > until:
+        if not may_run(self.first_run_at, self.clock()) or time.monotonic() > until:
             self.stop(End.TOO_LATE)
 
     async def _result(self, task: Task) -> Result:
@@ -202,6 +204,11 @@ class BulkRun:
         except Unavailable as error:
             _log.warning("refunds and payments cannot be named: %s", error)
             results[:] = [_not_guessed(result) for result in results]
+
+
+def may_run(first_run_at: datetime, now: datetime) -> bool:
+    """Whether no key of the file has expired. A first run in the future is one by a clock that ours cannot follow."""
+    return -CLOCKS_DIFFER_MAX <= now - first_run_at <= RERUN_WITHIN
 
 
 def chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:

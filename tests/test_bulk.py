@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
@@ -15,7 +16,7 @@ from eci_pay import bulk_files
 from eci_pay.bulk_files import FAULTS_SHOWN_MAX, BulkFile, BulkKind, read_bulk_file
 from eci_pay.bulk_plans import RefundPlanner, sums_by_currency
 from eci_pay.bulk_runs import RERUN_WITHIN, UNAVAILABLE_ROWS_MAX, End, Outcome, Report, Result
-from eci_pay.errors import FileInvalid, FileRunTooLongAgo
+from eci_pay.errors import FileInvalid, FileRunTooLongAgo, Unavailable
 from eci_pay.gateways import GatewayRefund, GatewayUnavailable
 from eci_pay.gateways import Outcome as Told
 from eci_pay.service import PaymentService
@@ -292,6 +293,31 @@ async def test_a_run_that_is_under_way_stops_before_the_first_of_its_keys_may_ex
     report = await run(service, file, concurrency=1, on_row=on_row)
     assert (report.end, outcomes(report)) == (End.TOO_LATE, ["done", "done", "not-tried"])
     assert len(gateway.refunds) == 2
+
+
+async def test_a_clock_that_is_set_back_ends_a_run_for_its_keys_would_expire_too_early(
+    service: PaymentService, clock: ManualClock
+) -> None:
+    payment_ids = await paid(service, 1, 2)
+    file = refunds(*(f"{each},,10,{REASON}" for each in payment_ids))
+    report = await run(
+        service,
+        file,
+        concurrency=1,
+        on_row=lambda result: clock.advance(minutes=-16) if result.outcome is Outcome.DONE else None,
+    )
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["done", "not-tried"])
+
+
+async def test_a_clock_that_is_far_from_the_databases_is_refused(service: PaymentService, clock: ManualClock) -> None:
+    now = datetime.now(UTC)
+    for minutes in (-14, 14):
+        clock.now = now + timedelta(minutes=minutes)
+        await service.bulk.check_clock()
+    for minutes in (-16, 16):
+        clock.now = now + timedelta(minutes=minutes)
+        with pytest.raises(Unavailable, match="clock is more than 15 minutes off"):
+            await service.bulk.check_clock()
 
 
 async def test_two_runs_of_the_same_file_at_once_refund_each_row_once(
