@@ -50,12 +50,13 @@ class Bulk:
     clock: Callable[[], datetime]
 
     async def plan(self, file: BulkFile) -> Plan:
-        """Holds every row against the books; does nothing. Raises FileInvalid with the faults of all rows,
-        FileRunTooLongAgo, and Unavailable."""
+        """Holds every row against the books; does nothing. Raises FileInvalid with the faults of all rows, unless the
+        file was run before, FileRunTooLongAgo, and Unavailable."""
         # First: once keys have expired, the books cannot tell what was done.
-        for run in await self.database.read("bulk_run_find", {"kind": file.kind.value, "file_hash": file.digest}):
+        runs = await self.database.read("bulk_run_find", {"kind": file.kind.value, "file_hash": file.digest})
+        for run in runs:
             self._refuse_if_too_late(file, run)
-        planner = planner_of(file, self.charges, self.clock())
+        planner = planner_of(file, self.charges, self.clock(), is_rerun=bool(runs))
         for rows in chunks(file.rows):
             for row, found in zip(rows, await self._look_up(rows, [file.key(row.line) for row in rows]), strict=True):
                 planner.add(row, found)

@@ -66,6 +66,7 @@ class Planner(ABC):
 
     file: BulkFile
     at: datetime
+    is_rerun: bool = False
     faults: Faults = field(init=False)
     tasks: list[Task] = field(default_factory=list)
 
@@ -82,8 +83,13 @@ class Planner(ABC):
         self.faults.refuse()
         return Plan(file=self.file, tasks=self.tasks)
 
-    def _note(self, row: BulkRow, error: PayError, column: str) -> None:
-        self.faults.add(FileFault(message=error.detail, line=row.line, column=column))
+    def _refuse(self, row: BulkRow, found: Row, currency: str, error: PayError, column: str) -> None:
+        """In a rerun the row is tried, and refused alone: if it stopped the others, somebody would take it out of the
+        file, and another file asks for all its rows again."""
+        if self.is_rerun:
+            self._task(row, found, row.request.amount or Decimal(0), currency)
+        else:
+            self.faults.add(FileFault(message=error.detail, line=row.line, column=column))
 
     def _task(self, row: BulkRow, found: Row, amount: Decimal, currency: str) -> None:
         task = Task(
@@ -124,7 +130,8 @@ class RefundPlanner(Planner):
         begin = RefundBegin.of(payment_id, row.request, Claim(value=None, caller="", request_hash=None), self.at)
         if error := begin.fault({**found, "refunded_amount": refunded}):
             is_amount = isinstance(error, RefundExceedsBalance | ValidationFailed)
-            self._note(row, error, "amount" if is_amount else "payment_id" if row.payment_id else "order_id")
+            column = "amount" if is_amount else "payment_id" if row.payment_id else "order_id"
+            self._refuse(row, found, found["currency"], error, column)
             return
         amount = found["amount"] - refunded if row.request.amount is None else row.request.amount
         self._refunded[payment_id] = refunded + amount
@@ -147,7 +154,7 @@ class ChargePlanner(Planner):
             self.faults.add(FileFault(message=message, line=row.line, column="order_id"))
         elif found["key_id"] is None and (error := self.charges.fault(row.request, found)):
             fields = [fault.field for fault in error.errors] if isinstance(error, ValidationFailed) else ["order_id"]
-            self._note(row, error, fields[0])
+            self._refuse(row, found, row.request.currency, error, fields[0])
         else:
             self._task(row, found, row.request.amount, row.request.currency)
 
@@ -160,8 +167,8 @@ def sums_by_currency(tasks: Sequence[Task]) -> Mapping[str, Decimal]:
     return dict(sorted(sums.items()))
 
 
-def planner_of(file: BulkFile, charges: Charges, at: datetime) -> Planner:
+def planner_of(file: BulkFile, charges: Charges, at: datetime, *, is_rerun: bool) -> Planner:
     """The planner of a file's kind."""
     if file.kind is BulkKind.REFUND:
-        return RefundPlanner(file=file, at=at)
-    return ChargePlanner(file=file, at=at, charges=charges)
+        return RefundPlanner(file=file, at=at, is_rerun=is_rerun)
+    return ChargePlanner(file=file, at=at, is_rerun=is_rerun, charges=charges)

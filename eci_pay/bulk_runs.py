@@ -160,6 +160,8 @@ class BulkRun:
                     on_row(Result.of(task, Outcome.BEGUN))
                     result = told[task.line] = await self._result(task)
                     on_row(result)
+                    if result.outcome is Outcome.UNAVAILABLE:
+                        break  # the payment's other rows must not take what this one asks for in the next run
         except BaseException:
             self.stop()
             raise

@@ -295,6 +295,45 @@ async def test_a_run_that_is_under_way_stops_before_the_first_of_its_keys_may_ex
     assert len(gateway.refunds) == 2
 
 
+async def test_in_a_rerun_a_row_that_fits_no_longer_is_refused_alone(
+    service: PaymentService, gateway: RecordingGateway, books: Books
+) -> None:
+    first, second = await paid(service, 1, 2)
+    file = refunds(f"{first},,10,{REASON}", f"{second},,60,{REASON}", f"{second},,,{REASON}")
+    begun = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    await begun(concurrency=1, on_row=lambda _: begun.stop())
+    await service.refunds.refund(payment_id=second, request=refund_request("50"))
+    report = await run(service, file)
+    assert outcomes(report) == ["replayed", "conflict", "done"]
+    assert report.results[1].detail == "50.00 INR of the payment are left to refund"
+    await assert_books_are_true(books, gateway)
+
+
+class AwayOnce(RecordingGateway):
+    """Refuses the first connection."""
+
+    async def refund(self, refund: GatewayRefund) -> Told:
+        if not self.refunds:
+            self.refunds.append(refund)
+            raise GatewayUnavailable("connection refused")
+        return await super().refund(refund)
+
+
+async def test_after_a_row_that_was_unavailable_the_others_of_its_payment_wait_for_the_next_run(
+    opened: Opener, service: PaymentService, books: Books
+) -> None:
+    first, second = await paid(service, 1, 2)
+    file = refunds(f"{first},,10,{REASON}", f"{first},,,{REASON}", f"{second},,,{REASON}")
+    async with opened(gateway=AwayOnce()) as shaky:
+        assert outcomes(await run(shaky, file, concurrency=1)) == ["unavailable", "not-tried", "done"]
+    report = await run(service, file)
+    assert [(result.outcome.value, result.amount) for result in report.results] == [
+        ("done", Decimal(10)),
+        ("done", Decimal(90)),
+        ("replayed", Decimal(100)),
+    ]
+
+
 async def test_a_clock_that_is_set_back_ends_a_run_for_its_keys_would_expire_too_early(
     service: PaymentService, clock: ManualClock
 ) -> None:
