@@ -249,6 +249,7 @@ async def test_the_same_file_again_replays_what_is_done_and_refunds_nothing_twic
     clock.advance(hours=21.9)
     plan = await service.bulk.plan(file)
     assert plan.to_do == []
+    assert [task.amount for task in plan.tasks] == [Decimal(x) for x in ("10", "4000.02", "4000.08", "9000", "20")]
     again = await run(service, file)
     assert outcomes(again) == ["replayed", "declined", "replayed", "replayed", "replayed"]  # it was looked up
     assert [result.refund_id for result in again.results] == [result.refund_id for result in first.results]
@@ -371,6 +372,24 @@ async def test_two_runs_of_the_same_file_at_once_refund_each_row_once(
     assert ends == {"done": 40, "replayed": 40}
     assert await books.value("SELECT count(*) FROM refunds") == len(gateway.refunds) == 40
     await assert_books_are_true(books, gateway)
+
+
+async def test_a_row_that_another_run_is_doing_is_waited_for(opened: Opener) -> None:
+    slow = RecordingGateway(slow_seconds=0.3)
+    async with opened(gateway=slow) as here, opened(gateway=slow) as there:
+        (payment_id,) = await paid(here, 1, amount="9000.00")
+        file = refunds(f"{payment_id},,4000.10,{REASON}")
+        reports = await asyncio.gather(run(here, file), run(there, file))
+    assert sorted(outcomes(reports[0]) + outcomes(reports[1])) == ["done", "replayed"]
+    assert len(slow.refunds) == 1
+
+
+async def test_another_file_asks_for_something_else_in_the_same_line(service: PaymentService) -> None:
+    (payment_id,) = await paid(service, 1)
+    for reason in (REASON, "Damaged in transit again"):
+        assert outcomes(await run(service, refunds(f"{payment_id},,10,{reason}"))) == ["done"]
+    again = refunds(f"{payment_id},,10,{REASON}", "")
+    assert outcomes(await run(service, again)) == ["done"]
 
 
 class Away(RecordingGateway):
