@@ -31,8 +31,12 @@ KeyOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this group."""
-    app.command(epilog="Example: eci-pay charge sample_requests/charge_payment.json")(charge)
-    app.command(epilog="Example: eci-pay refund 42 --amount 10.50 --reason 'Damaged in transit' --yes")(refund)
+    app.command(
+        epilog="Example: eci-pay charge sample_requests/charge_payment.json, or eci-pay charge --batch charges.jsonl"
+    )(charge)
+    app.command(
+        epilog="Example: eci-pay refund 42 --reason 'Damaged in transit', or eci-pay refund --batch refunds.csv"
+    )(refund)
     app.command(epilog="Example: eci-pay show --order 1001")(show)
     app.command("list", epilog="Example: eci-pay list --status COMPLETED --from 2026-11-01")(list_payments)
     app.command(epilog="Example: eci-pay cancel 42")(cancel)

@@ -124,6 +124,7 @@ class Bulk:
 
 TOO_LATE = (
     f"A file can be run again for {RERUN_WITHIN // timedelta(hours=1)} hours: later, what was done could not be told "
-    "from what was not. Take the rows that are not done, by its results file, into a new file"
+    "from what was not. Take the rows that its results file tells to be not done into a new file, and look up those "
+    "that are unknown or begun"
 )
 """What the person is told whose file may not be run any more."""

@@ -42,7 +42,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All rows of a file, none at fault."""
+    """All rows of a file, none at fault; in a rerun, some may be refused when they are tried."""
 
     file: BulkFile
     tasks: Sequence[Task]
@@ -89,7 +89,8 @@ class Planner(ABC):
         if self.is_rerun:
             self._task(row, found, row.request.amount or Decimal(0), currency)
         else:
-            self.faults.add(FileFault(message=error.detail, line=row.line, column=column))
+            message = error.errors[0].message if isinstance(error, ValidationFailed) else error.detail
+            self.faults.add(FileFault(message=message, line=row.line, column=column))
 
     def _task(self, row: BulkRow, found: Row, amount: Decimal, currency: str) -> None:
         task = Task(

@@ -223,6 +223,14 @@ async def test_nothing_is_refunded_where_any_row_does_not_fit_the_books(
     assert await books.value("SELECT count(*) FROM bulk_runs WHERE kind = 'refund'") == 0
 
 
+async def test_a_currency_without_a_minor_unit_is_refunded_in_whole_amounts(service: PaymentService) -> None:
+    await run(service, charges(charge_fields(1, currency="JPY")))
+    with pytest.raises(FileInvalid) as caught:
+        await run(service, refunds(f",1,10.50,{REASON}"))
+    (fault,) = caught.value.faults
+    assert str(fault) == "line 2, column amount: must be a whole amount, for JPY has no minor unit"
+
+
 async def test_nothing_is_charged_where_any_order_is_paid_or_there_twice(
     service: PaymentService, gateway: RecordingGateway
 ) -> None:
