@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import output
+from cli.bulk import BatchOption, BatchOptions, ConcurrencyOption, DryRunOption, ResultsOption, run_batch
 from cli.output import JsonOption
 from cli.prompts import confirm
 from cli.runtime import run_use_case
@@ -30,8 +31,12 @@ KeyOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this group."""
-    app.command(epilog="Example: eci-pay charge sample_requests/charge_payment.json")(charge)
-    app.command(epilog="Example: eci-pay refund 42 --amount 10.50 --reason 'Damaged in transit' --yes")(refund)
+    app.command(
+        epilog="Example: eci-pay charge sample_requests/charge_payment.json, or eci-pay charge --batch charges.jsonl"
+    )(charge)
+    app.command(
+        epilog="Example: eci-pay refund 42 --reason 'Damaged in transit', or eci-pay refund --batch refunds.csv"
+    )(refund)
     app.command(epilog="Example: eci-pay show --order 1001")(show)
     app.command("list", epilog="Example: eci-pay list --status COMPLETED --from 2026-11-01")(list_payments)
     app.command(epilog="Example: eci-pay cancel 42")(cancel)
@@ -48,9 +53,15 @@ def charge(
     currency: Annotated[str | None, typer.Option("--currency", help="ISO 4217; INR if left out.")] = None,
     reference: Annotated[str | None, typer.Option("--reference")] = None,
     idempotency_key: KeyOption = None,
+    batch: BatchOption = None,
+    results: ResultsOption = None,
+    concurrency: ConcurrencyOption = None,
+    dry_run: DryRunOption = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Of --batch: do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Charge an order, once."""
+    from eci_pay.bulk_files import BulkKind
     from eci_pay.requests import ChargeRequest, parse_json, parse_request
 
     options = {
@@ -62,6 +73,14 @@ def charge(
         "reference": reference,
     }
     fields = {name: value for name, value in options.items() if value is not None}
+    of_batch = BatchOptions(file=batch, results=results, concurrency=concurrency, dry_run=dry_run)
+    of_batch.check(
+        single=bool(file is not None or fields or idempotency_key is not None),
+        single_named="FILE, --idempotency-key and the options of a charge",
+    )
+    if batch is not None:
+        run_batch(BulkKind.CHARGE, of_batch, yes=yes)
+        return
     if (file is not None) == bool(fields):
         raise errors.InvalidRequest("give a FILE, or --order-id, --user-id, --amount and --method")
     request: ChargeRequest = parse_request(ChargeRequest, fields if file is None else parse_json(_read(file)))
@@ -73,18 +92,33 @@ def charge(
 
 
 def refund(
-    payment_id: Annotated[str, typer.Argument(metavar="PAYMENT_ID")],
-    reason: Annotated[str, typer.Option("--reason", help="5 to 400 characters.")],
+    payment_id: Annotated[str | None, typer.Argument(metavar="[PAYMENT_ID]")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="5 to 400 characters.")] = None,
     amount: Annotated[
         str | None, typer.Option("--amount", metavar="DECIMAL", help="All that is left, if left out.")
     ] = None,
     idempotency_key: KeyOption = None,
+    batch: BatchOption = None,
+    results: ResultsOption = None,
+    concurrency: ConcurrencyOption = None,
+    dry_run: DryRunOption = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Refund a payment, whole or in part."""
+    from eci_pay.bulk_files import BulkKind
     from eci_pay.requests import RefundRequest, parse_payment_id, parse_request
 
+    of_batch = BatchOptions(file=batch, results=results, concurrency=concurrency, dry_run=dry_run)
+    of_batch.check(
+        single=any(given is not None for given in (payment_id, reason, amount, idempotency_key)),
+        single_named="PAYMENT_ID, --amount, --reason and --idempotency-key",
+    )
+    if batch is not None:
+        run_batch(BulkKind.REFUND, of_batch, yes=yes)
+        return
+    if payment_id is None or reason is None:
+        raise errors.InvalidRequest("give a PAYMENT_ID and --reason, or --batch")
     number = parse_payment_id(payment_id)
     fields = {"reason": reason} if amount is None else {"reason": reason, "amount": amount}
     request = parse_request(RefundRequest, fields)

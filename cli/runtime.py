@@ -65,6 +65,17 @@ def run(work: Coroutine[Any, Any, T], *, busy: bool = False) -> T:
 def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bool = False) -> T:
     """Opens the service, runs one use case, and closes it when all that has begun has ended. One that `changes`
     payments warns first of services that would not be told."""
+    result = run_with_service(use, changes=changes)
+    if hasattr(signal, "SIGPIPE"):
+        # Only output is left to do: a reader that has gone ends us as it ends every other program.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    return result
+
+
+def run_with_service(
+    use: Callable[["PaymentService"], Awaitable[T]], *, changes: bool = False, busy: bool = False
+) -> T:
+    """`run_use_case` of a command that has more to do after it."""
     from eci_pay.service import open_database, payment_service
 
     settings = settings_of_command()
@@ -76,11 +87,7 @@ def run_use_case(use: Callable[["PaymentService"], Awaitable[T]], *, changes: bo
                 await service.warn_of_untold()
             return await use(service)
 
-    result = run(work())
-    if hasattr(signal, "SIGPIPE"):
-        # Only output is left to do: a reader that has gone ends us as it ends every other program.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    return result
+    return run(work(), busy=busy)
 
 
 def operator() -> str:

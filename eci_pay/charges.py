@@ -24,6 +24,7 @@ from eci_pay.errors import (
     OrderAlreadyPaid,
     OrderExists,
     OrderInProgress,
+    PayError,
     Unavailable,
     ValidationFailed,
 )
@@ -72,6 +73,17 @@ class Charges:
             at=self.clock(),
         )
         return await self.phases.run_to_end(self._record_pending(begin, self.record_created))
+
+    def fault(self, request: ChargeRequest, found: Row) -> PayError | None:
+        """Why a charge under a new key would be refused, where its order's payment is as `found`."""
+        begin = self._charge_begin(request, Claim.of(None, "", "charge", request))
+        if not begin.is_free({**found, "key_id": None}):
+            return _order_conflict(begin, found)
+        try:
+            self._check(request)
+        except ValidationFailed as error:
+            return error
+        return None
 
     async def _charge(self, request: ChargeRequest, claim: Claim) -> Answer:
         if request.payment_method is PaymentMethod.COD:

@@ -19,7 +19,8 @@ PayError
 │   ├── OrderExists
 │   ├── InvalidState
 │   ├── RefundExceedsBalance
-│   └── IdempotencyKeyInFlight
+│   ├── IdempotencyKeyInFlight
+│   └── FileRunTooLongAgo
 ├── Unavailable                     nothing was sent to the gateway
 │   ├── Busy                        somebody else has locked what is wanted
 │   ├── ConnectionLost              the statement under way may have been committed
@@ -222,6 +223,12 @@ class IdempotencyKeyInFlight(Conflict):
     """The first request with this Idempotency-Key is still running"""
 
     code = "idempotency-key-in-flight"
+
+
+class FileRunTooLongAgo(Conflict):
+    """The file was first run too long ago to be run again"""
+
+    code = "file-run-too-long-ago"
 
 
 class Unavailable(PayError):

@@ -282,3 +282,24 @@ class SettlementAwaited(SQLModel, table=True):
     booked_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
     run_id: int = Field(sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")
     ended_run_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")
+
+
+class BulkRun(SQLModel, table=True):
+    """A file of refunds or charges, from its first run on: its rows' idempotency keys may expire a day after that."""
+
+    __tablename__ = "bulk_runs"
+    __table_args__ = (
+        UniqueConstraint("kind", "file_hash", name="idx_bulk_runs_file"),
+        CheckConstraint("kind IN ('refund', 'charge')", name="bulk_runs_kind_known"),
+        CheckConstraint("row_count > 0", name="bulk_runs_row_count_positive"),
+        CheckConstraint("runs > 0", name="bulk_runs_runs_positive"),
+    )
+
+    bulk_run_id: int | None = _id()
+    kind: str = Field(max_length=20)
+    file_hash: str = Field(max_length=64)
+    file_name: str = Field(max_length=500)
+    operator: str = Field(max_length=100)
+    row_count: int
+    started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    runs: int = Field(default=1, sa_column_kwargs={"server_default": text("1")})

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import TYPE_CHECKING
 
 from eci_pay.book_checks import BookChecks
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
@@ -35,6 +36,9 @@ from eci_pay.settings import Settings
 from eci_pay.settlement_export import SettlementExport
 from eci_pay.status_changes import StatusChanges
 
+if TYPE_CHECKING:
+    from eci_pay.bulk import Bulk
+
 Clock = Callable[[], datetime]
 
 _log = logging.getLogger(__name__)
@@ -62,6 +66,13 @@ class PaymentService:
     settlements: SettlementExport
     database: Database
     clock: Clock
+
+    @property
+    def bulk(self) -> "Bulk":
+        """Files of refunds and charges."""
+        from eci_pay.bulk import Bulk
+
+        return Bulk(database=self.database, charges=self.charges, refunds=self.refunds, clock=self.clock)
 
     async def check_ready(self) -> None:
         """Raises Unavailable where the database does not answer."""

@@ -8,7 +8,7 @@ order, and a last line without its newline if it is complete, of which `TableFil
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from io import StringIO
 from operator import itemgetter
@@ -71,15 +71,17 @@ class TableFile:
         """The line where the row under way began."""
         self._half_line: int | None = None
         """The last line, where the file does not end with a newline."""
+        self._closed = False
 
     @property
     def digest(self) -> str:
         """SHA-256 of what was read, in hexadecimal; of the whole file once all rows are read."""
         return self._digest.hexdigest()
 
-    def rows(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str], optional: Sequence[str] = (), *, closed: bool = False) -> Iterator[Row]:
         """The values of the `columns`, which the file must have, and of the `optional` ones, in that order: two or more
-        in all. Raises FileInvalid."""
+        in all. One that is `closed` must have no others. Raises FileInvalid."""
+        self._closed = closed
         blocks = self._blocks()
         first = next(blocks, "")
         if not first:
@@ -197,11 +199,18 @@ class TableFile:
         if missing := [name for name in columns if name not in names]:
             hint = ": columns are separated by commas" if len(names) == 1 else ""
             raise self.fault(f"the header lacks {', '.join(missing)}{hint}", line=line)
+        self._refuse_others(names, (*columns, *optional), line=line)
         absent = len(names)
         pick = itemgetter(*(names.index(name) if name in names else absent for name in (*columns, *optional)))
         if all(name in names for name in optional):
             return pick
         return lambda row: pick([*row, None])
+
+    def _refuse_others(self, names: Iterable[str], known: Sequence[str], *, line: int) -> None:
+        """A misspelt column must not pass for one that was left out, where that would mean something."""
+        if self._closed and (others := [name for name in names if name not in known]):
+            column = others[0][:SHOWN_LENGTH_MAX]
+            raise self.fault(f"is not known; known are {', '.join(known)}", line=line, column=column)
 
     def _jsonl_rows(self, lines: Iterator[str], columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
         for line, text in enumerate(lines, 1):
@@ -219,6 +228,7 @@ class TableFile:
             for name in columns:
                 if name not in members:
                     raise self.fault("is missing", line=line, column=name)
+            self._refuse_others(members, (*columns, *optional), line=line)
             yield line, tuple([members.get(name) for name in (*columns, *optional)])
 
 

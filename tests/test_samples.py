@@ -52,6 +52,14 @@ async def test_the_charge_sample_is_charged_from_the_terminal(command_line: Comm
     assert (result.json["status"], result.json["amount"]) == ("COMPLETED", 1499.0)
 
 
+async def test_the_batch_samples_are_charged_and_refunded_from_the_terminal(command_line: CommandLine) -> None:
+    for kind, sample, total in (("charge", "charge_batch.jsonl", 2148.5), ("refund", "refund_batch.csv", 1148.5)):
+        batch = ("--batch", str(SAMPLES / sample), "--results", f"{kind}.csv", "--yes", "--json")
+        result = await command_line.run(kind, *batch)
+        assert result.exit_code == 0, result.stderr
+        assert result.json["outcomes"] == [{"outcome": "done", "currency": "INR", "count": 2, "sum": total}]
+
+
 async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(command_line: CommandLine, books: Books) -> None:
     result = await command_line.run("demo")
     assert result.exit_code == 0, result.stderr

@@ -24,6 +24,7 @@ TABLES = (
     "recoveries",
     "reconciliation_runs",
     "settlements_awaited",
+    "bulk_runs",
 )
 
 NAMED_INDEXES = {
