@@ -80,10 +80,7 @@ def reconcile(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the books, and compare them with the gateway's settlement file; `reconcile history` lists the runs.
-
-    Exit codes: 0 nothing to look into, 1 differences or faults, 2 bad file or usage, 5 unavailable.
-    """
+    """Check the books, and compare them with the gateway's settlement file; `reconcile history` lists the runs."""
     if (dry_run or yes) and not fix:
         raise errors.InvalidRequest("--dry-run and --yes go with --fix")
     if STANDARD_STREAM in (report_file, csv_file):

@@ -3,27 +3,45 @@
 -- A payment has one transaction id for all its attempts, so the gateway's reference tells which of them a line is about.
 -- One that our books do not hold is a duplicate where the file has the one that they do hold as well. Money that
 -- came too late and was given back is in the books too: as a recovery.
-WITH known AS (
-    SELECT l.*, p.payment_id, p.order_id, p.amount AS our_amount, p.currency AS our_currency, p.status AS our_status,
-           p.authorization_code, p.captured_at, p.updated_at,
-           late.state AS late_state, late.amount AS late_amount, late.currency AS late_currency,
+WITH late AS (
+    SELECT r.payment_id, r.state, r.amount, r.currency, r.late_reference
+    FROM recoveries r
+    JOIN payments p USING (payment_id)
+    WHERE r.refund_id IS NULL AND r.late_reference IS NOT NULL
+      AND r.late_reference IS DISTINCT FROM p.authorization_code
+),
+-- Few payments have several lines, and only theirs are sorted.
+repeated AS (
+    SELECT transaction_id
+    FROM settlement_lines
+    WHERE operation = 'charge'
+    GROUP BY transaction_id
+    HAVING count(*) > 1
+),
+place AS (
+    SELECT l.line,
            row_number() OVER same AS nth,
            first_value(l.line) OVER same AS first_line,
            bool_or(l.gateway_reference = p.authorization_code) OVER payment AS has_ours,
-           row_number() OVER (
-               payment ORDER BY l.status <> 'settled', (late.state IS NOT NULL), l.line
-           ) AS nth_of_payment
-    FROM settlement_lines l
+           row_number() OVER (payment ORDER BY l.status <> 'settled', late.state IS NOT NULL, l.line) AS nth_of_payment
+    FROM repeated
+    JOIN settlement_lines l ON l.transaction_id = repeated.transaction_id AND l.operation = 'charge'
     LEFT JOIN payments p ON p.transaction_id = l.transaction_id
-    LEFT JOIN (
-        SELECT payment_id, state, amount, currency, late_reference
-        FROM recoveries
-        WHERE refund_id IS NULL AND late_reference IS NOT NULL
-    ) late ON late.payment_id = p.payment_id AND late.late_reference = l.gateway_reference
-          AND late.late_reference IS DISTINCT FROM p.authorization_code
-    WHERE l.operation = 'charge'
+    LEFT JOIN late ON late.payment_id = p.payment_id AND late.late_reference = l.gateway_reference
     WINDOW payment AS (PARTITION BY l.transaction_id),
            same AS (PARTITION BY l.transaction_id, l.gateway_reference ORDER BY l.status <> 'settled', l.line)
+),
+known AS (
+    SELECT l.*, p.payment_id, p.order_id, p.amount AS our_amount, p.currency AS our_currency, p.status AS our_status,
+           p.authorization_code, p.captured_at, p.updated_at,
+           late.state AS late_state, late.amount AS late_amount, late.currency AS late_currency,
+           coalesce(place.nth, 1) AS nth, place.first_line, coalesce(place.has_ours, false) AS has_ours,
+           coalesce(place.nth_of_payment, 1) AS nth_of_payment
+    FROM settlement_lines l
+    LEFT JOIN payments p ON p.transaction_id = l.transaction_id
+    LEFT JOIN late ON late.payment_id = p.payment_id AND late.late_reference = l.gateway_reference
+    LEFT JOIN place USING (line)
+    WHERE l.operation = 'charge'
 ),
 -- What a line is about: first whether our books hold it, then which class it is in.
 held AS (

@@ -144,12 +144,12 @@ async def test_charges_are_made_of_every_method_and_whoever_is_declined_stops_no
         ),
         (
             "payment_id,reason\n1,Damaged\n1,Damaged,1\n",
-            ["line 3: has 3 fields, and the header has 2"],
+            ["line 3: has 3 fields, and the header has 2: a comma within a value needs quotes around it"],
         ),
         ("payment_id,amount,reason\n7,0,Dam", [
             "line 2, column amount: must be greater than 0 after rounding to two decimals "
-            "(the file ends in the middle of this line)",
-            "line 2, column reason: is too short (the file ends in the middle of this line)",
+            "(the file ends there, without a newline)",
+            "line 2, column reason: is too short (the file ends there, without a newline)",
         ]),
     ],
 )  # fmt: skip

@@ -101,7 +101,7 @@ def test_a_header_alone_is_a_file_without_rows() -> None:
         (b'id,name\n1,"a\n2,b\n', 2, None, "is not CSV: a quote is opened and never closed"),
         (b'id,name\n1,a\n2,"b"c\n', 3, None, "is not CSV: ',' expected after '\"'"),
         (b"id,name\n1,a\rb\n", 2, None, "is not CSV: a carriage return is in the middle of a line"),
-        (gzip.compress(HEADER), None, None, "is compressed (gzip): unpack it first"),
+        (gzip.compress(HEADER, mtime=0), None, None, "is compressed (gzip): unpack it first"),
         (b"PK\x03\x04...", None, None, "is a ZIP archive or a spreadsheet: CSV or JSON Lines is wanted"),
         ("id,name\n".encode("utf-16"), None, None, "is UTF-16: UTF-8 is wanted"),
         ("\ufeffid,name\n".encode("utf-16-be"), None, None, "is UTF-16: UTF-8 is wanted"),
