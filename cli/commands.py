@@ -34,7 +34,7 @@ COMMANDS = {
     "expire-keys": ("cli.maintenance", "Delete idempotency keys that are finished and older than 24 hours."),
     "demo": (
         "cli.demo",
-        "Place orders, charge, retry, decline, refund: on a database of its own, which is dropped at the end.",
+        "Place orders, charge, retry, decline, refund, reconcile: on a database of its own, dropped at the end.",
     ),
     "outbox": ("cli.outbox", "Messages to other services, and their delivery."),
     "settlement": ("cli.settlement", "Settlement files of the simulated gateway."),

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo() -> None:
-    """Place orders, charge, retry, decline, refund: on a database of its own, which is dropped at the end."""
+    """Place orders, charge, retry, decline, refund, reconcile: on a database of its own, dropped at the end."""
     from eci_pay.database import create_database, drop_database
     from eci_pay.gateways.simulated import SimulatedGateway
     from eci_pay.messages import Destination
@@ -54,7 +55,8 @@ def demo() -> None:
             stand_ins = StandIns()
             gateway = SimulatedGateway(latency_seconds=0, slow_seconds=0)
             async with running(stand_ins, dict.fromkeys(Destination, 0)) as urls:
-                ours = settings.model_copy(update={f"{peer}_service_url": urls[peer] for peer in urls} | IMPATIENT)
+                told = {f"{peer}_service_url": urls[peer] for peer in urls}
+                ours = settings.model_copy(update=told | IMPATIENT | {"eci_pay_gateway": "simulated"})
                 async with payment_service(ours, url, gateway=gateway) as service:
                     story = Story(service, stand_ins, ours)
                     await story.tell()
@@ -75,6 +77,7 @@ class Story:
         self._settings = settings
         self._out: Console = output.console()
         self._proofs: list[tuple[str, bool]] = []
+        self._day = datetime.now(UTC).date()
 
     async def tell(self) -> None:
         """The whole story."""
@@ -84,6 +87,7 @@ class Story:
         await self._refunds(first)
         await self._too_much(first)
         await self._outage()
+        await self._settlement()
 
     def summarize(self) -> bool:
         """Prints what was proved; tells whether all of it was."""
@@ -173,6 +177,24 @@ class Story:
         told = await self._relay(until_delivered=True)
         in_order = told.get("order") == ["COMPLETED", "REFUNDED"]
         self._prove("nothing was lost, and it comes in the order in which it happened", in_order)
+
+    async def _settlement(self) -> None:
+        import io
+
+        from eci_pay.reconciliation import Job, Watch
+        from eci_pay.table_files import FileFormat, TableFile
+
+        self._step("The day is over. The gateway sends its settlement, and we compare it with our books.")
+        file = io.StringIO()
+        await self._service.settlements.export(self._day, FileFormat.CSV, file.write)
+        table = TableFile(io.BytesIO(file.getvalue().encode()), "the settlement")
+        report, _ = await self._service.reconciliation.run(Job(operator="demo", file=table), Watch())
+        for each in report.sums:
+            self._out.print(
+                f"   {each.line_class.label}: {output.counted(each.count, 'line')}, gateway {each.gateway_net:,.2f} "
+                f"{each.currency}, our books {each.our_net:,.2f}"
+            )
+        self._prove("our books and the gateway's are the same, line by line", report.lines > 0 and report.is_clean)
 
     async def _relay(self, *, until_delivered: bool = False) -> dict[str, list[str]]:
         """Delivers what is due; prints and returns what each service took, in short."""

@@ -63,7 +63,7 @@ async def test_the_batch_samples_are_charged_and_refunded_from_the_terminal(comm
 async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(command_line: CommandLine, books: Books) -> None:
     result = await command_line.run("demo")
     assert result.exit_code == 0, result.stderr
-    assert "12 of 12 claims proved" in result.stdout
+    assert "13 of 13 claims proved" in result.stdout
     assert "NOT SO" not in result.stdout
     assert await books.value("SELECT count(*) FROM payments") == 0
     assert await books.value("SELECT count(*) FROM pg_database WHERE datname LIKE 'eci_pay_demo_%%'") == 0
