@@ -8,10 +8,15 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
+from eci_pay.errors import Unavailable
 from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX
 from eci_pay.outbox import PURGE_BATCH_SIZE_MAX
 from eci_pay.service import PaymentService
 from eci_pay.settings import Settings
+from eci_pay.totals import unexpected_errors
+
+TOTALS_INTERVAL_SECONDS = 5.0
+"""How often changes of the totals are added up."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,16 +51,19 @@ async def background_tasks(
             ),
         )
     ]
+    tasks.append(asyncio.create_task(_add_up_until(stopped, service)))
     if recovers:
         interval_seconds = settings.eci_pay_recovery_interval_seconds
         tasks.append(asyncio.create_task(service.recovery.run_until(stopped, interval_seconds=interval_seconds)))
     if relays:
         tasks.append(asyncio.create_task(_relay_until(stopped, settings, service)))
+    logging.getLogger().addHandler(unexpected_errors)
     try:
         yield
     finally:
         stopped.set()
         await asyncio.gather(*tasks)
+        logging.getLogger().removeHandler(unexpected_errors)
 
 
 async def _warn(service: PaymentService) -> None:
@@ -86,6 +94,23 @@ async def _delete_until(
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_seconds):
                     await stopped.wait()
+
+
+async def _add_up_until(stopped: asyncio.Event, service: PaymentService) -> None:
+    """Adds up the totals now and then, and at the end."""
+    while True:
+        ends = stopped.is_set()
+        try:
+            await service.totals.add_up()
+        except Unavailable as error:
+            _log.info("totals are not added up for now: %s", error)
+        except Exception:  # whatever it is, it must not end the task: the next round tries again
+            _log.exception("totals are not added up for now")
+        if ends:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TOTALS_INTERVAL_SECONDS):
+                await stopped.wait()
 
 
 async def _relay_until(stopped: asyncio.Event, settings: Settings, service: PaymentService) -> None:

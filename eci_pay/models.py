@@ -5,7 +5,19 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Text, UniqueConstraint, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Identity,
+    Index,
+    Numeric,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlmodel import Field, SQLModel
 
@@ -92,6 +104,8 @@ class Payment(SQLModel, table=True):
     refunded_amount: Decimal = _money("0")
     refund_pending: Decimal = _money("0")
     last_sequence: int = Field(default=0, sa_column_kwargs={"server_default": text("0")})
+    previous_status: str | None = Field(default=None, max_length=20)
+    previous_method: str | None = Field(default=None, max_length=20)
 
 
 class Transaction(SQLModel, table=True):
@@ -303,3 +317,30 @@ class BulkRun(SQLModel, table=True):
     row_count: int
     started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
     runs: int = Field(default=1, sa_column_kwargs={"server_default": text("1")})
+
+
+_METRICS = "metric IN ('status', 'method', 'completed', 'failed', 'refunds', 'errors')"
+
+
+class Total(SQLModel, table=True):
+    """A running total of the books, but for what `TOTAL_CHANGES` has in addition."""
+
+    __tablename__ = "totals"
+    __table_args__ = (CheckConstraint(_METRICS, name="totals_metric_known"),)
+
+    metric: str = Field(primary_key=True, max_length=20)
+    label: str = Field(primary_key=True, max_length=20)
+    count: int = Field(sa_type=BigInteger)
+    amount: Decimal = Field(sa_type=Numeric)
+
+
+TOTAL_CHANGES = Table(
+    "total_changes",
+    SQLModel.metadata,
+    Column("metric", String(20), nullable=False),
+    Column("label", String(20), nullable=False),
+    Column("count", BigInteger, nullable=False),
+    Column("amount", Numeric, nullable=False),
+    CheckConstraint(_METRICS, name="total_changes_metric_known"),
+)
+"""What statements have added to totals, until it is added up. It has no key, so it is no model."""

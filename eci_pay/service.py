@@ -35,6 +35,7 @@ from eci_pay.refunds import Refunds
 from eci_pay.settings import Settings
 from eci_pay.settlement_export import SettlementExport
 from eci_pay.status_changes import StatusChanges
+from eci_pay.totals import Totals
 
 if TYPE_CHECKING:
     from eci_pay.bulk import Bulk
@@ -62,6 +63,7 @@ class PaymentService:
     outbox: Outbox
     recovery: Recovery
     reconciliation: Reconciliation
+    totals: Totals
     gateway_events: GatewayEvents
     settlements: SettlementExport
     database: Database
@@ -186,6 +188,7 @@ async def payment_service(
                 schedule=schedule,
                 clock=clock,
             ),
+            totals=Totals(database=database),
             gateway_events=GatewayEvents(
                 database=database,
                 gateway=calls,

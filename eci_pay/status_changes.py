@@ -79,6 +79,7 @@ class StatusChanges:
                 {
                     "payment_id": payment_id,
                     "status": status.value,
+                    "status_before": before,
                     "gateway_response": gateway_response,
                     "description": description,
                     "at": at,

@@ -58,11 +58,14 @@ written AS (
         authorization_code = NULL,
         gateway_response = NULL,
         completed_at = NULL,
-        captured_at = NULL
+        captured_at = NULL,
+        previous_status = p.status,
+        previous_method = p.payment_method
     WHERE %(takes_over)s::boolean
       AND p.status IN ('FAILED', 'PENDING')
       AND NOT (p.status = 'PENDING' AND p.payment_method = 'COD' AND EXCLUDED.payment_method = 'COD')
-    RETURNING p.payment_id, p.order_id, p.begin_id, p.transaction_id, p.attempt, p.created_at
+    RETURNING p.payment_id, p.order_id, p.begin_id, p.transaction_id, p.attempt, p.created_at,
+              p.previous_status, p.previous_method
 ),
 audited AS (
     INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
@@ -94,6 +97,20 @@ claimed AS (
             THEN EXCLUDED.expires_at
         END
     RETURNING k.id, k.payment_id
+),
+-- A first attempt has nothing previous; what another one has taken over is known from the locked row.
+counted AS (
+    INSERT INTO total_changes (metric, label, count, amount)
+    SELECT c.metric, c.label, sum(c.count), 0
+    FROM written w
+    JOIN admitted a USING (order_id)
+    CROSS JOIN LATERAL (VALUES
+        ('status', a.status, 1), ('method', a.payment_method, 1),
+        ('status', w.previous_status, -1), ('method', w.previous_method, -1)
+    ) AS c (metric, label, count)
+    WHERE c.label IS NOT NULL
+    GROUP BY c.metric, c.label
+    HAVING sum(c.count) <> 0
 )
 SELECT a.n, w.payment_id, w.begin_id, w.transaction_id, w.attempt, w.created_at,
        t.transaction_log_id AS begin_log_id,

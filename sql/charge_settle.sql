@@ -27,10 +27,10 @@ message AS (
     ) AS m (n, number, destination, event, payload)
 ),
 locked AS MATERIALIZED (
-    SELECT s.*, p.amount, p.status AS current_status, p.attempt AS current_attempt, p.last_sequence
+    SELECT s.*, p.amount, p.currency, p.status AS current_status, p.attempt AS current_attempt, p.last_sequence
     FROM (SELECT * FROM settlement ORDER BY order_id) s
     CROSS JOIN LATERAL (
-        SELECT amount, status, attempt, last_sequence
+        SELECT amount, currency, status, attempt, last_sequence
         FROM payments
         WHERE payments.payment_id = s.payment_id
         FOR NO KEY UPDATE
@@ -82,5 +82,18 @@ finished AS (
     FROM applied
     JOIN locked l USING (n)
     WHERE k.id = l.key_id AND k.response_body IS NULL
+),
+counted AS (
+    INSERT INTO total_changes (metric, label, count, amount)
+    SELECT c.metric, c.label, sum(c.count), sum(c.amount)
+    FROM applied
+    JOIN locked l USING (n)
+    CROSS JOIN LATERAL (VALUES
+        ('status', 'PROCESSING', -1, 0), ('status', l.status, 1, 0),
+        (CASE l.status WHEN 'COMPLETED' THEN 'completed' ELSE 'failed' END,
+         CASE l.status WHEN 'COMPLETED' THEN l.currency ELSE '' END, 1,
+         CASE l.status WHEN 'COMPLETED' THEN l.amount ELSE 0 END)
+    ) AS c (metric, label, count, amount)
+    GROUP BY c.metric, c.label
 )
 SELECT n FROM applied

@@ -26,12 +26,12 @@ message AS (
     ) AS m (n, number, destination, event, payload)
 ),
 locked AS MATERIALIZED (
-    SELECT s.*, f.amount, p.amount AS captured, p.refunded_amount, p.refund_pending, p.last_sequence,
+    SELECT s.*, f.amount, p.amount AS captured, p.currency, p.refunded_amount, p.refund_pending, p.last_sequence,
            s.status = 'COMPLETED' AND p.refunded_amount = p.amount AND p.refund_pending = f.amount
                AS refunded_in_full
     FROM (SELECT * FROM settlement ORDER BY order_id) s
     CROSS JOIN LATERAL (
-        SELECT payment_id, amount, refunded_amount, refund_pending, last_sequence
+        SELECT payment_id, amount, currency, refunded_amount, refund_pending, last_sequence
         FROM payments
         WHERE payments.payment_id = s.payment_id
         FOR NO KEY UPDATE
@@ -91,5 +91,17 @@ told AS (
     JOIN locked l USING (n)
     JOIN message m USING (n)
     WHERE l.refunded_in_full OR m.number <= l.message_count
+),
+counted AS (
+    INSERT INTO total_changes (metric, label, count, amount)
+    SELECT c.metric, c.label, sum(c.count), sum(c.amount)
+    FROM applied
+    JOIN locked l USING (n)
+    CROSS JOIN LATERAL (VALUES
+        ('refunds', l.currency, 1, l.amount, l.status = 'COMPLETED'),
+        ('status', 'COMPLETED', -1, 0, l.refunded_in_full), ('status', 'REFUNDED', 1, 0, l.refunded_in_full)
+    ) AS c (metric, label, count, amount, counts)
+    WHERE c.counts
+    GROUP BY c.metric, c.label
 )
 SELECT n FROM applied

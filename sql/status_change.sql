@@ -14,12 +14,24 @@ changed AS (
         updated_at = %(at)s::timestamptz,
         last_sequence = p.last_sequence + %(message_count)s::bigint
     WHERE p.payment_id = %(payment_id)s::bigint
-    RETURNING p.payment_id, p.amount, p.last_sequence - %(message_count)s::bigint AS sequence_before
+    RETURNING p.payment_id, p.amount, p.currency, p.last_sequence - %(message_count)s::bigint AS sequence_before
 ),
 audited AS (
     INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
     SELECT payment_id, 'PAYMENT', amount, %(status)s::text, %(description)s::text, %(at)s::timestamptz
     FROM changed
+),
+counted AS (
+    INSERT INTO total_changes (metric, label, count, amount)
+    SELECT c.metric, c.label, c.count, c.amount
+    FROM changed
+    CROSS JOIN LATERAL (VALUES
+        ('status', %(status_before)s::text, -1, 0, true),
+        ('status', %(status)s::text, 1, 0, true),
+        ('completed', changed.currency, 1, changed.amount, %(status)s::text = 'COMPLETED'),
+        ('failed', '', 1, 0, %(status)s::text = 'FAILED')
+    ) AS c (metric, label, count, amount, counts)
+    WHERE c.counts
 )
 INSERT INTO outbox (payment_id, sequence, destination, event, payload, request_id, traceparent, created_at)
 SELECT c.payment_id, c.sequence_before + m.number, m.destination, m.event, m.payload::jsonb,

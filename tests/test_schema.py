@@ -25,6 +25,8 @@ TABLES = (
     "reconciliation_runs",
     "settlements_awaited",
     "bulk_runs",
+    "totals",
+    "total_changes",
 )
 
 NAMED_INDEXES = {
