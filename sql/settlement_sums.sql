@@ -6,9 +6,9 @@ WITH side AS (
     CROSS JOIN LATERAL (VALUES
         (coalesce(f.gateway_currency, f.our_currency), 1,
          CASE WHEN f.gateway_status = 'settled' THEN sign.factor * f.gateway_amount ELSE 0 END,
-         CASE WHEN f.our_money AND f.our_currency = coalesce(f.gateway_currency, f.our_currency)
+         CASE WHEN f.operation_key IS NOT NULL AND f.our_currency = coalesce(f.gateway_currency, f.our_currency)
               THEN sign.factor * f.our_amount ELSE 0 END),
-        (CASE WHEN f.our_money AND f.our_currency <> f.gateway_currency THEN f.our_currency END, 0,
+        (CASE WHEN f.operation_key IS NOT NULL AND f.our_currency <> f.gateway_currency THEN f.our_currency END, 0,
          0, sign.factor * f.our_amount)
     ) AS s (currency, counts, gateway, ours)
     WHERE s.currency IS NOT NULL
