@@ -159,7 +159,7 @@ async def test_money_that_came_too_late_and_went_back_is_matched_on_both_ways(
     recovering: PaymentService, books: Books, clock: ManualClock, ledger: Ledger
 ) -> None:
     ledger.loses_requests = True
-    answer = await charged(recovering)
+    await charged(recovering)
     await never_happened(recovering, books, clock)
     charge_key = ledger.charges[0].key
     taken = ledger.act(charge_key)
@@ -174,7 +174,6 @@ async def test_money_that_came_too_late_and_went_back_is_matched_on_both_ways(
     lines.append(line(transaction_id, ledger.booked[given_back].reference, type="refund"))  # type: ignore[union-attr]
     report, _ = await reconciled(recovering, lines)
     assert (report.is_clean, counts(report)) == (True, {"matched": 2})
-    assert answer.payment_id is not None
 
 
 async def test_an_attempt_that_failed_is_no_difference_and_one_that_did_not_is_one(
