@@ -1,8 +1,8 @@
 """How long a reconciliation takes: `make bench BENCH=reconcile`.
 
-Loads a million payments of one day with their audit rows and keys, a tenth of them refunded in part, writes the gateway's
-file of that day with a few differences of each kind, and reconciles it, alone and while charges go on. The differences
-found must be those planted.
+Loads a million payments of one day with their audit rows and keys, a tenth of them refunded in part, writes the
+gateway's file of that day with a few differences of each kind, and reconciles it, alone and while charges go on. The
+differences found must be those planted.
 """
 
 import argparse
