@@ -61,31 +61,36 @@ held AS (
                ELSE 'ours'
            END AS about
     FROM known k
+),
+judged AS (
+    SELECT h.*,
+           CASE
+               WHEN about = 'superseded' THEN 'matched'
+               WHEN about = 'again' THEN 'duplicate_at_gateway'
+               WHEN about IN ('nothing', 'another') AND status = 'failed' THEN 'matched'
+               WHEN about = 'nothing' THEN 'missing_in_our_books'
+               WHEN about = 'another' THEN
+                   CASE WHEN has_ours THEN 'duplicate_at_gateway' ELSE 'missing_in_our_books' END
+               WHEN about = 'late' THEN CASE
+                   WHEN status <> 'settled' OR late_state <> 'DONE' THEN 'status_differs'
+                   WHEN currency <> late_currency THEN 'currency_differs'
+                   WHEN amount > late_amount THEN 'amount_over'
+                   WHEN amount < late_amount THEN 'amount_under'
+                   ELSE 'matched'
+               END
+               WHEN our_status = 'PROCESSING' AND updated_at > %(unknown_since)s::timestamptz THEN 'pending'
+               WHEN status = 'pending' AND captured_at > %(pending_since)s::timestamptz THEN 'pending'
+               WHEN status = 'failed' AND captured_at IS NULL AND our_status <> 'PROCESSING' THEN 'matched'
+               WHEN status <> 'settled' OR captured_at IS NULL THEN 'status_differs'
+               WHEN currency <> our_currency THEN 'currency_differs'
+               WHEN amount > our_amount THEN 'amount_over'
+               WHEN amount < our_amount THEN 'amount_under'
+               ELSE 'matched'
+           END AS class
+    FROM held h
 )
 INSERT INTO settlement_findings
-SELECT CASE
-           WHEN about = 'superseded' THEN 'matched'
-           WHEN about = 'again' THEN 'duplicate_at_gateway'
-           WHEN about IN ('nothing', 'another') AND status = 'failed' THEN 'matched'
-           WHEN about = 'nothing' THEN 'missing_in_our_books'
-           WHEN about = 'another' THEN
-               CASE WHEN has_ours THEN 'duplicate_at_gateway' ELSE 'missing_in_our_books' END
-           WHEN about = 'late' THEN CASE
-               WHEN status <> 'settled' OR late_state <> 'DONE' THEN 'status_differs'
-               WHEN currency <> late_currency THEN 'currency_differs'
-               WHEN amount > late_amount THEN 'amount_over'
-               WHEN amount < late_amount THEN 'amount_under'
-               ELSE 'matched'
-           END
-           WHEN our_status = 'PROCESSING' AND updated_at > %(unknown_since)s::timestamptz THEN 'pending'
-           WHEN status = 'pending' AND captured_at > %(pending_since)s::timestamptz THEN 'pending'
-           WHEN status = 'failed' AND captured_at IS NULL AND our_status <> 'PROCESSING' THEN 'matched'
-           WHEN status <> 'settled' OR captured_at IS NULL THEN 'status_differs'
-           WHEN currency <> our_currency THEN 'currency_differs'
-           WHEN amount > our_amount THEN 'amount_over'
-           WHEN amount < our_amount THEN 'amount_under'
-           ELSE 'matched'
-       END,
+SELECT class,
        operation, line, payment_id, order_id, NULL, CASE WHEN about = 'late' THEN recovery_id END, transaction_id,
        gateway_reference,
        CASE WHEN about = 'late' THEN gateway_reference ELSE authorization_code END,
@@ -98,21 +103,24 @@ SELECT CASE
             WHEN about = 'late' AND late_state = 'DONE' THEN 'T' || recovery_id END,
        captured_at,
        settled_at,
-       CASE about
-           WHEN 'again' THEN CASE WHEN nth > 1 THEN 'line ' || first_line || ' settles the same operation'
-                                  ELSE 'another line settles the same payment under another reference' END
-           WHEN 'superseded' THEN 'superseded by line ' || first_line
-           WHEN 'nothing' THEN 'we know no payment with this transaction id'
-           WHEN 'another' THEN 'payment ' || payment_id || ' was taken under the reference ' || authorization_code
-           WHEN 'late' THEN 'taken too late: ' || CASE WHEN late_state = 'DONE' THEN 'put right by recovery'
-                                                       ELSE 'not yet put right by recovery' END
-           ELSE CASE
-               WHEN captured_at IS NULL AND our_status IN ('COMPLETED', 'REFUNDED')
-               THEN 'our books say that no gateway took the money'
-               WHEN status = 'settled' AND captured_at IS NOT NULL
-               THEN 'the gateway has ' || amount || ' ' || currency || ', our books have ' || our_amount || ' '
-                    || our_currency
-               ELSE 'the gateway says ' || status || ', our books say ' || our_status
+       -- In words for what is not matched alone: it is most of the work.
+       CASE WHEN class = 'matched' THEN '' ELSE
+           CASE about
+               WHEN 'again' THEN CASE WHEN nth > 1 THEN 'line ' || first_line || ' settles the same operation'
+                                      ELSE 'another line settles the same payment under another reference' END
+               WHEN 'superseded' THEN 'superseded by line ' || first_line
+               WHEN 'nothing' THEN 'we know no payment with this transaction id'
+               WHEN 'another' THEN 'payment ' || payment_id || ' was taken under the reference ' || authorization_code
+               WHEN 'late' THEN 'taken too late: ' || CASE WHEN late_state = 'DONE' THEN 'put right by recovery'
+                                                           ELSE 'not yet put right by recovery' END
+               ELSE CASE
+                   WHEN captured_at IS NULL AND our_status IN ('COMPLETED', 'REFUNDED')
+                   THEN 'our books say that no gateway took the money'
+                   WHEN status = 'settled' AND captured_at IS NOT NULL
+                   THEN 'the gateway has ' || amount || ' ' || currency || ', our books have ' || our_amount || ' '
+                        || our_currency
+                   ELSE 'the gateway says ' || status || ', our books say ' || our_status
+               END
            END
        END
-FROM held
+FROM judged

@@ -51,29 +51,34 @@ held AS (
            END AS about
     FROM settlement_refund_lines n
     LEFT JOIN paired d USING (line)
+),
+judged AS (
+    SELECT h.*,
+           CASE
+               WHEN about = 'superseded' THEN 'matched'
+               WHEN about = 'again' THEN 'duplicate_at_gateway'
+               WHEN about = 'nothing' THEN
+                   CASE WHEN status = 'failed' THEN 'matched' ELSE 'refund_missing_in_our_books' END
+               WHEN about = 'late' THEN CASE
+                   WHEN status <> 'settled' THEN 'status_differs'
+                   WHEN currency <> late_currency THEN 'currency_differs'
+                   WHEN amount > late_amount THEN 'amount_over'
+                   WHEN amount < late_amount THEN 'amount_under'
+                   ELSE 'matched'
+               END
+               WHEN our_status = 'PROCESSING' AND created_at > %(unknown_since)s::timestamptz THEN 'pending'
+               WHEN status = 'pending' AND completed_at > %(pending_since)s::timestamptz THEN 'pending'
+               WHEN status = 'failed' AND our_status = 'FAILED' THEN 'matched'
+               WHEN status <> 'settled' OR our_status <> 'COMPLETED' OR captured_at IS NULL THEN 'status_differs'
+               WHEN currency <> our_currency THEN 'currency_differs'
+               WHEN amount > our_amount THEN 'amount_over'
+               WHEN amount < our_amount THEN 'amount_under'
+               ELSE 'matched'
+           END AS class
+    FROM held h
 )
 INSERT INTO settlement_findings
-SELECT CASE
-           WHEN about = 'superseded' THEN 'matched'
-           WHEN about = 'again' THEN 'duplicate_at_gateway'
-           WHEN about = 'nothing' THEN
-               CASE WHEN status = 'failed' THEN 'matched' ELSE 'refund_missing_in_our_books' END
-           WHEN about = 'late' THEN CASE
-               WHEN status <> 'settled' THEN 'status_differs'
-               WHEN currency <> late_currency THEN 'currency_differs'
-               WHEN amount > late_amount THEN 'amount_over'
-               WHEN amount < late_amount THEN 'amount_under'
-               ELSE 'matched'
-           END
-           WHEN our_status = 'PROCESSING' AND created_at > %(unknown_since)s::timestamptz THEN 'pending'
-           WHEN status = 'pending' AND completed_at > %(pending_since)s::timestamptz THEN 'pending'
-           WHEN status = 'failed' AND our_status = 'FAILED' THEN 'matched'
-           WHEN status <> 'settled' OR our_status <> 'COMPLETED' OR captured_at IS NULL THEN 'status_differs'
-           WHEN currency <> our_currency THEN 'currency_differs'
-           WHEN amount > our_amount THEN 'amount_over'
-           WHEN amount < our_amount THEN 'amount_under'
-           ELSE 'matched'
-       END,
+SELECT class,
        operation, line, payment_id, order_id, refund_id, recovery_id, transaction_id, gateway_reference,
        CASE WHEN about = 'late' THEN gateway_reference ELSE our_reference END,
        amount,
@@ -85,20 +90,23 @@ SELECT CASE
             WHEN about = 'ours' AND our_status = 'COMPLETED' AND captured_at IS NOT NULL THEN 'R' || refund_id END,
        CASE WHEN about = 'late' THEN ended_at ELSE completed_at END,
        settled_at,
-       CASE about
-           WHEN 'again' THEN 'line ' || first_line || ' settles the same operation'
-           WHEN 'superseded' THEN 'superseded by line ' || first_line
-           WHEN 'nothing' THEN CASE
-               WHEN payment_id IS NULL THEN 'we know no payment with this transaction id'
-               ELSE 'payment ' || payment_id || ' has no such refund'
-           END
-           WHEN 'late' THEN 'the return of money that was taken too late'
-           ELSE CASE
-               WHEN captured_at IS NULL THEN 'our books say that no gateway took the money'
-               WHEN status = 'settled' AND our_status = 'COMPLETED'
-               THEN 'the gateway has ' || amount || ' ' || currency || ', our books have ' || our_amount || ' '
-                    || our_currency
-               ELSE 'the gateway says ' || status || ', our books say ' || our_status
+       -- In words for what is not matched alone: it is most of the work.
+       CASE WHEN class = 'matched' THEN '' ELSE
+           CASE about
+               WHEN 'again' THEN 'line ' || first_line || ' settles the same operation'
+               WHEN 'superseded' THEN 'superseded by line ' || first_line
+               WHEN 'nothing' THEN CASE
+                   WHEN payment_id IS NULL THEN 'we know no payment with this transaction id'
+                   ELSE 'payment ' || payment_id || ' has no such refund'
+               END
+               WHEN 'late' THEN 'the return of money that was taken too late'
+               ELSE CASE
+                   WHEN captured_at IS NULL THEN 'our books say that no gateway took the money'
+                   WHEN status = 'settled' AND our_status = 'COMPLETED'
+                   THEN 'the gateway has ' || amount || ' ' || currency || ', our books have ' || our_amount || ' '
+                        || our_currency
+                   ELSE 'the gateway says ' || status || ', our books say ' || our_status
+               END
            END
        END
-FROM held
+FROM judged
