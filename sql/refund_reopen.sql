@@ -1,10 +1,10 @@
 -- Takes a refund that was booked as never happened back to PROCESSING, because the gateway did give the money:
 -- reserves it again if that much of the payment is left.
 WITH locked AS MATERIALIZED (
-    SELECT p.payment_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, f.refund_id, f.amount
+    SELECT p.payment_id, p.order_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, f.refund_id, f.amount
     FROM (SELECT payment_id FROM refunds WHERE refund_id = %(refund_id)s::bigint) wanted
     CROSS JOIN LATERAL (
-        SELECT payment_id, status, amount, refunded_amount, refund_pending
+        SELECT payment_id, order_id, status, amount, refunded_amount, refund_pending
         FROM payments
         WHERE payments.payment_id = wanted.payment_id
         FOR NO KEY UPDATE
@@ -40,4 +40,4 @@ audited AS (
     FROM locked l
     JOIN reserved USING (payment_id)
 )
-SELECT refund_id FROM locked
+SELECT l.refund_id, l.payment_id, l.order_id FROM locked l JOIN reserved USING (payment_id)
