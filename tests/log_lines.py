@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 def logged(
     log_format: LogFormat, *, level: str = "INFO", is_terminal: bool = False
 ) -> Iterator[Callable[[], list[str]]]:
-    """Logs go to the list of lines that this gives, as those of a process would, about nothing that was known before."""
+    """Logs go to the list of lines that this gives, as a process would have them."""
     stream = Terminal(is_terminal=is_terminal)
     root = logging.getLogger()
     handlers, before, source = root.handlers, root.level, logging._srcfile

@@ -111,7 +111,7 @@ def _raise(text: str, *, chained: bool) -> None:
     log = logging.getLogger("some")
     try:
         try:
-            raise ValueError(text)
+            raise ValueError(text)  # noqa: TRY301
         except ValueError as error:
             if not chained:
                 raise
@@ -171,9 +171,14 @@ NAMES = [
 def test_what_a_sensitive_name_holds_is_masked(
     log_format: LogFormat, name: str, secret: int | str, within: int
 ) -> None:
-    told = [{name: secret}, {"a": {name: secret}}, {"a": [[name, secret]]}, {"a": [{name: [{"b": secret}]}]}][within]
+    places: list[dict[str, object]] = [
+        {name: secret},
+        {"a": {name: secret}},
+        {"a": [[name, secret]]},
+        {"a": [{name: [{"b": secret}]}]},
+    ]
     with logged(log_format) as lines:
-        logging.getLogger("some").info("event", extra=told)
+        logging.getLogger("some").info("event", extra=places[within])
     assert str(secret) not in "".join(lines())
 
 
@@ -193,6 +198,7 @@ instants = st.datetimes(datetime(2020, 1, 1), datetime(2035, 1, 1), timezones=st
     authorization=st.text(string.ascii_uppercase + string.digits, min_size=12, max_size=12),
 )
 def test_what_is_ours_is_never_masked(
+    *,
     payment_id: int,
     order_id: int,
     at: datetime,
