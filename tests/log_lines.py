@@ -35,6 +35,8 @@ def logged(
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("always")
         patch.setattr(sys, "stderr", stream)
+        # A server that another test ran without an access log leaves this off.
+        patch.setattr(logging.getLogger("uvicorn.access"), "propagate", True)
         context._subject.set(None)
         configure_logs(level, log_format)
         try:
