@@ -128,7 +128,8 @@ class Outbox:
             if isinstance(result, Unavailable):
                 raise result
             if isinstance(result, Exception):
-                _log.error("message %d could not be booked", delivery.message.message_id, exc_info=result)
+                told = {"payment_id": delivery.message.payment_id, "order_id": delivery.message.order_id}
+                _log.error("message %d could not be booked", delivery.message.message_id, exc_info=result, extra=told)
         return [result for result in results if isinstance(result, Marked)]
 
     async def _mark(self, deliveries: Sequence[Delivery]) -> list[Marked | None]:

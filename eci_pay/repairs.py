@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from eci_pay.context import on_behalf
+from eci_pay.context import begin_subject, on_behalf
 from eci_pay.gateways import Approved, Declined
 from eci_pay.looks import Looks, Unsettled
 from eci_pay.messages import Destination
@@ -77,6 +77,7 @@ class Repairs:
         """One after the other; one that fails does not keep the others from being made."""
         made = []
         for repair in repairs:
+            begin_subject()
             try:
                 made.append(await self._made(repair))
             except Exception as error:  # whatever it is: the others are certain, too

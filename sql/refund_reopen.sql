@@ -2,11 +2,11 @@
 -- reserves it again if that much of the payment is left. In the same commit recovery takes charge of it, so that whoever
 -- settles it now may be cut off.
 WITH locked AS MATERIALIZED (
-    SELECT p.payment_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, p.attempt, p.currency,
+    SELECT p.payment_id, p.order_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, p.attempt, p.currency,
            p.payment_method, f.refund_id, f.amount, f.created_at
     FROM (SELECT payment_id FROM refunds WHERE refund_id = %(refund_id)s::bigint) wanted
     CROSS JOIN LATERAL (
-        SELECT payment_id, status, amount, refunded_amount, refund_pending, attempt, currency, payment_method
+        SELECT payment_id, order_id, status, amount, refunded_amount, refund_pending, attempt, currency, payment_method
         FROM payments
         WHERE payments.payment_id = wanted.payment_id
         FOR NO KEY UPDATE
@@ -52,4 +52,4 @@ recovered AS (
         next_look_at = CASE WHEN r.lease_id IS NULL THEN now() ELSE r.next_look_at END,
         ended_at = NULL
 )
-SELECT refund_id FROM locked
+SELECT l.refund_id, l.payment_id, l.order_id FROM locked l JOIN reserved USING (payment_id)
