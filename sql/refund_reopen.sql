@@ -1,9 +1,9 @@
 -- Takes a refund that was booked as never happened back to PROCESSING, because the gateway did give the money:
--- reserves it again if that much of the payment is left. In the same commit recovery takes charge of it, so that whoever
--- settles it now may be cut off.
+-- reserves it again if that much of the payment is left. In the same commit recovery takes charge of it, so that
+-- whoever settles it now may be cut off.
 WITH locked AS MATERIALIZED (
-    SELECT p.payment_id, p.order_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, p.attempt, p.currency,
-           p.payment_method, f.refund_id, f.amount, f.created_at
+    SELECT p.payment_id, p.order_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, p.attempt,
+           p.currency, p.payment_method, f.refund_id, f.amount, f.created_at
     FROM (SELECT payment_id FROM refunds WHERE refund_id = %(refund_id)s::bigint) wanted
     CROSS JOIN LATERAL (
         SELECT payment_id, order_id, status, amount, refunded_amount, refund_pending, attempt, currency, payment_method

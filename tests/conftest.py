@@ -137,6 +137,9 @@ def settings(database_url: str) -> Settings:
             "eci_pay_simulated_slow_seconds": 0.05,
             "eci_pay_settle_retry_seconds": 2.0,
             "eci_pay_database_pool_timeout_seconds": 20.0,
+            # However busy the machine is: the tests of these limits set their own.
+            "eci_pay_group_commit_wait_seconds": 30.0,
+            "eci_pay_gateway_wait_seconds": 30.0,
         }
     )
 
