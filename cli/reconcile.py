@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
 def reconcile(
     file: Annotated[
         str | None,
-        typer.Argument(metavar="[SETTLEMENT_FILE|-]", help="What the gateway settled; - reads standard input."),
+        typer.Argument(metavar="SETTLEMENT_FILE|-", help="What the gateway settled; - reads standard input."),
     ] = None,
     period_from: Annotated[
         str | None,
