@@ -19,9 +19,9 @@ from server.routes import TABLE, Operation
 
 _INTRODUCTION = (
     "Money is never charged twice, never refunded beyond what was captured, and never lost track of. Amounts in "
-    "requests are JSON numbers or plain decimal strings, exact on the digits as sent. Every error is a problem "
-    "document (RFC 9457) with a `code` that stays the same. A method that a path does not have is answered with 405 "
-    "`method-not-allowed` and `Allow`."
+    "requests are JSON numbers or plain decimal strings, exact on the digits as sent; ids are digits alone, so `7.0` "
+    "is none. Every error is a problem document (RFC 9457) with a `code` that stays the same. A method that a path "
+    "does not have is answered with 405 `method-not-allowed` and `Allow`."
 )
 _CODES_OF_ALL = ("internal-error",)
 

@@ -17,7 +17,7 @@ _KEY = {
     ),
     "schema": {
         "type": "string",
-        # Bare, or quoted with \\" and \\\\ for a quote and a backslash.
+        # Bare, or quoted, where \" and \\ stand for a quote and a backslash.
         "pattern": (
             rf'^(?:[!#-~](?:[ -~]{{0,{KEY_LENGTH_MAX - 2}}}[!-~])?|"(?:[ !#-\[\]-~]|\\["\\]){{1,{KEY_LENGTH_MAX}}}")$'
         ),
