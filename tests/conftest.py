@@ -24,6 +24,7 @@ from eci_pay.relay import Relay, connected_relay
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from server.app import build_app
+from tests import contract
 from tests.door import Door
 from tests.ledger import Ledger
 from tests.peers import Peers
@@ -195,7 +196,7 @@ async def far(door: Door, opened: Opener) -> AsyncIterator[PaymentService]:
 
 @pytest.fixture
 async def api(settings: Settings, service: PaymentService) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a real server on loopback, over the test's `service`."""
+    """A client of a real server on loopback, over the test's `service`. Each answer is held against the document."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[PaymentService]:
@@ -212,7 +213,8 @@ async def api(settings: Settings, service: PaymentService) -> AsyncIterator[http
             await asyncio.sleep(0.01)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     limits = httpx.Limits(max_connections=250)
-    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60) as client:
+    hooks = {"response": [contract.check]}
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60, event_hooks=hooks) as client:
         yield client
     server.should_exit = True
     await running
