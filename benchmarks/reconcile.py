@@ -1,7 +1,8 @@
 """How long a reconciliation takes: `make bench BENCH=reconcile`.
 
-Loads a million payments of one day with their audit rows and keys, writes the gateway's file of that day with a few
-differences of each kind, and reconciles it, alone and while charges go on. The differences found must be those planted.
+Loads a million payments of one day with their audit rows and keys, a tenth of them refunded in part, writes the
+gateway's file of that day with a few differences of each kind, and reconciles it, alone and while charges go on. The
+differences found must be those planted.
 """
 
 import argparse
@@ -25,10 +26,10 @@ MEGABYTE = 1_000_000
 CHARGES_PER_SECOND = 1000
 LOADS = {
     "payments (payment_id, order_id, user_id, amount, currency, payment_method, status, transaction_id, reference,"
-    " authorization_code, gateway_response, created_at, updated_at, completed_at, captured_at)": """
+    " authorization_code, gateway_response, created_at, updated_at, completed_at, captured_at, refunded_amount)": """
 SELECT n, n, 1 + n % 1000000, 1 + n % 9000, 'INR', 'UPI', 'COMPLETED',
        'TXN01JD' || lpad(upper(to_hex(n)), 12, '0') || upper(left(md5(n::text), 10)), 'REF' || n,
-       'AUTH' || upper(left(md5('auth' || n), 12)), 'Approved', at, at, at, at
+       'AUTH' || upper(left(md5('auth' || n), 12)), 'Approved', at, at, at, at, 0.5 * (n % 10 = 0)::integer
 FROM generate_series(1, {payments}) AS n,
      LATERAL (SELECT date_trunc('day', now(), 'UTC') - interval '1 day' + interval '20 hours' * (n::float8 / {payments})
               AS at) AS _
@@ -36,6 +37,18 @@ FROM generate_series(1, {payments}) AS n,
     "transactions (payment_id, transaction_type, amount, status, description)": """
 SELECT n, 'PAYMENT', 1 + n % 9000, status, 'Charge'
 FROM generate_series(1, {payments}) AS n, (VALUES ('PROCESSING'), ('COMPLETED')) AS t (status)
+UNION ALL
+SELECT n, 'REFUND', 0.5, status, 'Refund'
+FROM generate_series(10, {payments}, 10) AS n, (VALUES ('PROCESSING'), ('REFUNDED')) AS t (status)
+""",
+    "refunds (payment_id, amount, reason, status, gateway_reference, created_at, completed_at)": """
+SELECT n, 0.5, 'Damaged', 'COMPLETED', 'RFND' || n, at, at
+FROM generate_series(10, {payments}, 10) AS n,
+     LATERAL (SELECT date_trunc('day', now(), 'UTC') - interval '4 hours' AS at) AS _
+UNION ALL
+SELECT n, 0.7, 'Damaged', 'FAILED', NULL, at, NULL
+FROM generate_series(10, {payments}, 100) AS n,
+     LATERAL (SELECT date_trunc('day', now(), 'UTC') - interval '4 hours' AS at) AS _
 """,
 }
 PLANTED_EVERY = 10_000
@@ -48,6 +61,11 @@ SELECT authorization_code AS gateway_reference,
        to_char(captured_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS settled_at
 FROM payments, generate_series(1, CASE payment_id % {PLANTED_EVERY} WHEN 4 THEN 2 WHEN 5 THEN 0 ELSE 1 END)
 WHERE captured_at < date_trunc('day', now(), 'UTC')
+UNION ALL
+SELECT coalesce(gateway_reference, 'FAILED' || refund_id), transaction_id, 'refund', f.amount, currency, 0,
+       CASE f.status WHEN 'FAILED' THEN 'failed' ELSE 'settled' END,
+       to_char(f.created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')
+FROM refunds f JOIN payments USING (payment_id)
 """
 """Line by line what the gateway says; one in so many is not what our books say."""
 PLANTED = {

@@ -89,7 +89,7 @@ def show(
 
 @outbox.command(epilog="Example: eci-pay outbox retry --peer order --dead")
 def retry(
-    message_ids: Annotated[list[str] | None, typer.Argument(metavar="[MESSAGE_ID]...")] = None,
+    message_ids: Annotated[list[str] | None, typer.Argument(metavar="MESSAGE_ID")] = None,
     peer: PeerOption = None,
     dead: Annotated[bool, typer.Option("--dead", help="With --peer: all that are given up.")] = False,
     overtaken: OvertakenOption = False,

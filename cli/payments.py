@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
 
 def charge(
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE|-]", help="A charge as JSON; - reads standard input.")
+        str | None, typer.Argument(metavar="FILE|-", help="A charge as JSON; - reads standard input.")
     ] = None,
     order_id: Annotated[str | None, typer.Option("--order-id", metavar="N")] = None,
     user_id: Annotated[str | None, typer.Option("--user-id", metavar="N")] = None,
@@ -92,7 +92,7 @@ def charge(
 
 
 def refund(
-    payment_id: Annotated[str | None, typer.Argument(metavar="[PAYMENT_ID]")] = None,
+    payment_id: Annotated[str | None, typer.Argument(metavar="PAYMENT_ID")] = None,
     reason: Annotated[str | None, typer.Option("--reason", help="5 to 400 characters.")] = None,
     amount: Annotated[
         str | None, typer.Option("--amount", metavar="DECIMAL", help="All that is left, if left out.")
@@ -133,7 +133,7 @@ def refund(
 
 
 def show(
-    payment_id: Annotated[str | None, typer.Argument(metavar="[PAYMENT_ID]")] = None,
+    payment_id: Annotated[str | None, typer.Argument(metavar="PAYMENT_ID")] = None,
     order: Annotated[str | None, typer.Option("--order", metavar="N", help="The payment of an order.")] = None,
     transaction: Annotated[str | None, typer.Option("--transaction", metavar="TXN...")] = None,
     as_json: JsonOption = False,

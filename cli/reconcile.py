@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -26,37 +27,35 @@ if TYPE_CHECKING:
     from eci_pay.service import PaymentService
 
 EXIT_DIFFERENCES = 1
-HISTORY = "history"
+OTHERS = ("history", "close")
 HISTORY_MAX = 1000
 FILE_NAME_LENGTH_MAX = 500
 
 
-class _WithHistory(TyperCommand):
-    """`reconcile history` is a command of its own; a file of that name is `./history`."""
+class _WithOthers(TyperCommand):
+    """`reconcile history` and `reconcile close` are commands of their own; files of such names are `./history`."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Where Typer begins with a command."""
-        if args[:1] != [HISTORY]:
+        name = args[0] if args else ""
+        if name not in OTHERS:
             return super().make_context(info_name, args, parent=parent, **extra)
         group = typer.Typer(rich_markup_mode=None)
-        group.command(HISTORY, epilog="Example: eci-pay reconcile history --limit 7")(history)
-        group.callback()(lambda: None)
-        return (
-            get_group(group).commands[HISTORY].make_context(f"{info_name} {HISTORY}", args[1:], parent=parent, **extra)
-        )
+        group.command("history", epilog="Example: eci-pay reconcile history --limit 7")(history)
+        group.command("close", epilog="Example: eci-pay reconcile close 42")(close)
+        command = get_group(group).commands[name]
+        return command.make_context(f"{info_name} {name}", args[1:], parent=parent, **extra)
 
 
 def register(app: typer.Typer) -> None:
     """Adds the command."""
-    app.command(cls=_WithHistory, epilog="Example: eci-pay reconcile settlement.csv --report settlement.html")(
-        reconcile
-    )
+    app.command(cls=_WithOthers, epilog="Example: eci-pay reconcile settlement.csv --report settlement.html")(reconcile)
 
 
 def reconcile(
     file: Annotated[
         str | None,
-        typer.Argument(metavar="[SETTLEMENT_FILE|-]", help="What the gateway settled; - reads standard input."),
+        typer.Argument(metavar="SETTLEMENT_FILE|-", help="What the gateway settled; - reads standard input."),
     ] = None,
     period_from: Annotated[
         str | None,
@@ -85,6 +84,9 @@ def reconcile(
         raise errors.InvalidRequest("--dry-run and --yes go with --fix")
     if STANDARD_STREAM in (report_file, csv_file):
         raise errors.InvalidRequest("--report and --csv write files")
+    for written_file in (report_file, csv_file):
+        if file and written_file and _is_same(file, written_file):
+            raise errors.InvalidRequest(f"{written_file}: is the settlement file itself")
     if fix and not (dry_run or yes):
         require_terminal(to="repair")
     from eci_pay.reconciliation import Job
@@ -96,12 +98,12 @@ def reconcile(
     with ExitStack() as stack:
         table = None
         if file is not None:
-            name = file[-FILE_NAME_LENGTH_MAX:]
+            name = output.printable(file)[-FILE_NAME_LENGTH_MAX:]
             table = TableFile(stack.enter_context(opened(file)), name, FileFormat(file_format))
         differences = stack.enter_context(_differences_written(csv_file))
         write_report = stack.enter_context(written(report_file)) if report_file else None
         session = _Session(
-            job=Job(operator=operator(), file=table, period_from=start, period_to=end),
+            job=Job(operator=operator(), file=table, made_at=_made_at(file), period_from=start, period_to=end),
             bytes_total=_size(file),
             on_difference=differences,
             fix=fix,
@@ -114,9 +116,8 @@ def reconcile(
 
             for piece in report_html(report):
                 write_report(piece)
-    if table is not None:
-        for warning in table.warnings:
-            output.note(warning)
+    for warning in (*(table.warnings if table else ()), *report.warnings):
+        output.note(f"warning: {warning}")
     print_outcome(report, session.repairs, session.made)
     if not report.is_clean:
         raise typer.Exit(EXIT_DIFFERENCES)
@@ -162,6 +163,36 @@ def history(
     """List the reconciliations, the latest first."""
     runs = run_use_case(lambda service: service.reconciliation.history(before=before or 2**63 - 1, count_max=limit))
     print_history(runs)
+
+
+def close(
+    payment_id: Annotated[str, typer.Argument(metavar="PAYMENT_ID")],
+    as_json: JsonOption = False,
+) -> None:
+    """End what reconciliations have left open of a payment, because you have settled it by hand."""
+    from eci_pay.requests import parse_payment_id
+
+    number = parse_payment_id(payment_id)
+    closed = 0
+    if number is not None:
+        closed = run_use_case(lambda service: service.reconciliation.close(number, operator=operator()))
+    if not closed:
+        raise errors.RecoveryNotFound(f"no reconciliation has left anything open of payment {payment_id}")
+    if output.Mode.json:
+        output.print_json({"closed": closed})
+    else:
+        output.note(f"closed {output.counted(closed, 'open operation')} of payment {payment_id}")
+
+
+def _is_same(file: str, other: str) -> bool:
+    return os.path.exists(file) and os.path.exists(other) and os.path.samefile(file, other)
+
+
+def _made_at(file: str | None) -> datetime | None:
+    """When a file was written last: it cannot have what happened after that."""
+    if file is None or not os.path.isfile(file):
+        return None
+    return datetime.fromtimestamp(os.path.getmtime(file), UTC)
 
 
 def _size(file: str | None) -> int | None:

@@ -152,14 +152,21 @@ def _print_sums(report: "Report") -> None:
             each.line_class.label,
             each.currency,
             f"{each.count:,}",
-            f"{each.gateway_net:,.2f}",
-            f"{each.our_net:,.2f}",
-            _difference(each.difference),
+            _amount(each.gateway_net, each.currency),
+            _amount(each.our_net, each.currency),
+            _amount(each.difference, each.currency, sign="+"),
         )
         for each in report.sums
     ]
     rows += [
-        ("All", currency, f"{count:,}", f"{gateway:,.2f}", f"{ours:,.2f}", _difference(gateway - ours))
+        (
+            "All",
+            currency,
+            f"{count:,}",
+            _amount(gateway, currency),
+            _amount(ours, currency),
+            _amount(gateway - ours, currency, sign="+"),
+        )
         for currency, count, gateway, ours in _totals(report)
     ]
     headings = ("Class", "Currency", "Count", "Gateway", "Our books", "Difference")
@@ -224,12 +231,16 @@ def _totals(report: "Report") -> Iterable[tuple[str, int, Decimal, Decimal]]:
         yield currency, sum(each.count for each in sums), Decimal(gateway), Decimal(ours)
 
 
-def _difference(amount: Decimal) -> str:
-    return f"{amount:+,.2f}" if amount else "0.00"
-
-
 def _money(amount: Decimal | None, currency: str | None) -> str:
-    return "" if amount is None else f"{amount:,.2f} {currency}"
+    return "" if amount is None else f"{_amount(amount, currency)} {currency}"
+
+
+def _amount(amount: Decimal, currency: str | None, *, sign: str = "") -> str:
+    """With as many decimals as the currency has, or more where somebody has written more."""
+    from eci_pay.money import whole_amount_currencies
+
+    whole = currency in whole_amount_currencies() and amount == amount.to_integral_value()
+    return f"{amount:{sign if amount else ''},.{0 if whole else 2}f}"
 
 
 def _period(start: datetime | None, end: datetime | None) -> str:

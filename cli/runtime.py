@@ -28,7 +28,8 @@ def settings_of_command() -> "Settings":
     from eci_pay.settings import load_settings
 
     settings = load_settings()
-    configure_logs(settings.log_level if "log_level" in settings.model_fields_set else "WARNING")
+    level = settings.log_level if "log_level" in settings.model_fields_set else "WARNING"
+    configure_logs(level, settings.eci_pay_log_format)
     bind_origin(None)
     return settings
 
@@ -39,7 +40,7 @@ def settings_of_server() -> "Settings":
     from eci_pay.settings import load_settings
 
     settings = load_settings()
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, settings.eci_pay_log_format)
     return settings
 
 

@@ -88,10 +88,11 @@ class BookChecks:
         found.add_counted(await self.database.read("books_messages", waits))
         on_progress(1.0)
 
-    async def unsettled(self) -> list[Unsettled]:
-        """What has no outcome, the oldest first, at most `UNSETTLED_MAX`."""
-        params = {"now": self.clock(), "count_max": UNSETTLED_MAX}
-        return [Unsettled(**row) for row in await self.database.read("books_unsettled", params)]
+    async def unsettled(self) -> tuple[list[Unsettled], int]:
+        """What has no outcome, the oldest first, at most `UNSETTLED_MAX`; and how much more there is."""
+        rows = await self.database.read("books_unsettled", {"now": self.clock(), "count_max": UNSETTLED_MAX})
+        counts = [row.pop("count") for row in rows]
+        return [Unsettled(**row) for row in rows], counts[0] - len(rows) if rows else 0
 
 
 def _ranges(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

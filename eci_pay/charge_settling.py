@@ -12,12 +12,13 @@ from datetime import datetime
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.charge_records import ChargeSettlement
-from eci_pay.context import on_behalf
+from eci_pay.context import know, on_behalf
 from eci_pay.database import Database
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
 from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import KEY_LIFETIME
 from eci_pay.lifecycle import PaymentStatus
+from eci_pay.logs import tell_of_payment
 from eci_pay.messages import Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
@@ -78,6 +79,7 @@ class ChargeSettling:
         if not rows:
             return None
         view = await self.payments.by_id(payment_id)
+        know(payment_id=payment_id, order_id=view.order_id)
         if (view.attempt, view.status) != (attempt, PaymentStatus.PROCESSING):
             return None  # settled between the two reads, and perhaps begun anew
         return Attempt(
@@ -91,6 +93,7 @@ class ChargeSettling:
         if isinstance(applied, Exception):
             raise applied
         if applied:
+            tell_of_payment(settlement.status, payment_id=settlement.payment_id, order_id=settlement.order_id)
             return settlement.answer
         if settlement.authorization_code is not None:
             await self.note_if_late(attempt.view.payment_id, attempt.view.attempt, settlement.authorization_code)

@@ -17,6 +17,7 @@ from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun, Refused
 from eci_pay.charge_records import ChargeBegin, standing_of_charge
 from eci_pay.charge_settling import Attempt, ChargeSettling, charge_key
+from eci_pay.context import know
 from eci_pay.database import Database, Row
 from eci_pay.errors import (
     Conflict,
@@ -33,6 +34,7 @@ from eci_pay.gateways import GatewayCharge, Outcome
 from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
+from eci_pay.logs import tell_of_payment
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
@@ -164,9 +166,11 @@ class Charges:
     ) -> Row | Answer:
         """What was recorded, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
+        know(order_id=begin.request.order_id)
         result = await record(begin)
         match result:
             case Begun(row):
+                tell_of_payment(begin.status, payment_id=row["payment_id"], order_id=begin.request.order_id)
                 return row
             case Refused(row):
                 if not looked and await self.recovery.settle_first(_unsettled(row)):
@@ -179,6 +183,7 @@ class Charges:
 
     async def _refusal(self, begin: ChargeBegin, found: Row) -> Answer:
         """The recorded answer of a live key; raises what else stands in the way."""
+        know(payment_id=found["payment_id"])
         if found["key_id"] is None or idempotency.is_expired(found, begin.at):
             raise _order_conflict(begin, found)
         if answer := idempotency.recorded_answer(found, begin.claim):

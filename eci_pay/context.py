@@ -1,12 +1,12 @@
-"""What belongs to the request at hand and travels with its task: the request id, the trace it is part of, and on whose
-behalf the books are changed where that is not the customer's."""
+"""What belongs to the request at hand and travels with its task: the request id, the trace it is part of, the payment
+it is about, and on whose behalf the books are changed where that is not the customer's."""
 
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass, field
 
 REQUEST_ID_LENGTH_MAX = 128
 
@@ -21,10 +21,30 @@ class Origin:
     request_id: str = ""
     traceparent: str | None = None
 
+    @property
+    def trace_id(self) -> str:
+        """The trace that the request is part of; empty where there is none."""
+        return self.traceparent[3:35] if self.traceparent else ""
+
+
+@dataclass(slots=True)
+class Subject:
+    """What a piece of work is about. The tasks of a request share it, so that its line has what they have found out."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, str] | None = None
+    """The statuses that it has changed, where a line that is still to come will tell them."""
+
+    def told(self) -> dict[str, str]:
+        """What it has changed, for that line. What its tasks change after it has lines of its own."""
+        told, self.changes = self.changes, None
+        return told or {}
+
 
 _NO_ORIGIN = Origin()
 _acting: ContextVar[str] = ContextVar("acting", default="")
 _origin: ContextVar[Origin] = ContextVar("origin", default=_NO_ORIGIN)
+_subject: ContextVar[Subject | None] = ContextVar("subject", default=None)
 
 
 def current_origin() -> Origin:
@@ -49,6 +69,43 @@ def bind_origin(request_id: str | None, traceparent: str | None = None) -> str:
     valid = traceparent is not None and _TRACEPARENT.fullmatch(traceparent) is not None
     _origin.set(Origin(bound, traceparent if valid else None))
     return bound
+
+
+def continue_origin(request_id: str | None, traceparent: str | None) -> None:
+    """Goes on for a request that was made before, perhaps elsewhere."""
+    _origin.set(Origin(request_id or "", traceparent))
+
+
+def current_subject() -> Subject | None:
+    """What is being worked on, as far as it is known."""
+    return _subject.get()
+
+
+def begin_subject(*, line_to_come: bool = False, **ids: int | None) -> Subject:
+    """Begins a piece of work, about nothing that was known before."""
+    subject = Subject(changes={} if line_to_come else None)
+    _subject.set(subject)
+    know(**ids)
+    return subject
+
+
+def context_of_use_case() -> Context:
+    """That of the request; where no line of one is to come, with a subject of its own."""
+    context, subject = copy_context(), _subject.get()
+    if subject is None or subject.changes is None:
+        context.run(begin_subject)
+    return context
+
+
+def know(**ids: int | None) -> None:
+    """Takes note of what is being worked on, for every line from here on: `payment_id`, `order_id`, `refund_id`."""
+    subject = _subject.get()
+    if subject is None:
+        subject = Subject()
+        _subject.set(subject)
+    for name, number in ids.items():
+        if number is not None:
+            subject.ids[name] = number
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg import AsyncConnection, errors, sql
+from psycopg import AsyncConnection, IsolationLevel, errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.numeric import Int8
@@ -45,7 +45,7 @@ LONG_WORK_MEM = "64MB"
 
 _LONG_LIMITS = (
     f"SELECT set_config('statement_timeout', '{LONG_STATEMENT_SECONDS_MAX:.0f}s', true),"
-    f" set_config('work_mem', '{LONG_WORK_MEM}', true)"
+    f" set_config('work_mem', '{LONG_WORK_MEM}', true), set_config('idle_in_transaction_session_timeout', '0', true)"
 ).encode()
 _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
 _SCHEMA = (errors.UndefinedTable, errors.UndefinedColumn, errors.UndefinedFunction)
@@ -134,11 +134,12 @@ class Database:
 
     async def long_transaction(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Runs `work` once, in one transaction on a connection beside the pool: a large one, of which each statement
-        may take `LONG_STATEMENT_SECONDS_MAX` and `LONG_WORK_MEM` for each of its sorts. Every error leaves nothing,
-        but ConnectionLost leaves open whether it committed."""
+        may take `LONG_STATEMENT_SECONDS_MAX` and `LONG_WORK_MEM` for each of its sorts, and which sees the books as
+        of one moment. Every error leaves nothing, but ConnectionLost leaves open whether it committed."""
         async with await connect(self._info) as connection:
             try:
                 with _translated(connection, LONG_STATEMENT_SECONDS_MAX):
+                    await connection.set_isolation_level(IsolationLevel.REPEATABLE_READ)
                     async with connection.transaction():
                         await connection.execute(_LONG_LIMITS)
                         return await work(connection)
@@ -285,7 +286,7 @@ def connection_info(url: str, settings: Settings) -> str:
 
 
 async def connect(url: str) -> Connection:
-    """A connection beside the pool, for migrations; raises Unavailable."""
+    """A connection beside the pool, for what takes longer than a request; raises Unavailable."""
     info = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **conninfo_to_dict(url)}
     try:
         return await AsyncConnection[DictRow].connect(make_conninfo("", **info), autocommit=True, row_factory=dict_row)

@@ -137,7 +137,7 @@ CHECK_ADVICE: Mapping[Check, str] = {
     Check.PAID_TWICE: "The audit trail tells of two successful charges of one order: look both up at the gateway.",
     Check.REFUNDS_NOT_AUDITED: "The audit trail tells other refunds: somebody changed the books by hand. Find out who.",
     Check.REFUNDS_DO_NOT_ADD_UP: "The refunds add up to another amount than the payment says: find out which is right.",
-    Check.KEY_UNFINISHED: "A request without an answer, though its payment is settled: --fix stores the answer.",
+    Check.KEY_UNFINISHED: "A request without an answer, though its payment is settled: its sender's next try is told.",
     Check.OUTCOME_UNKNOWN: "The gateway may or may not have acted: --fix books what it says; see `eci-pay recover`.",
     Check.TAKEN_LATE: "The gateway acted after it was booked as never happened: see `eci-pay recover --dry-run`.",
     Check.MESSAGE_OVERDUE: "A service has not been told for long: see whether it and a relay run.",
@@ -182,6 +182,7 @@ class Report:
     fault_counts: Mapping[Check, int]
     faults: tuple[BookFault, ...]
     open_in_time: int
+    warnings: tuple[str, ...] = ()
     repaired: int = 0
 
     @property

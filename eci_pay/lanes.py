@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from eci_pay.breaker import Breaker
+from eci_pay.context import begin_subject, continue_origin
 from eci_pay.errors import Unavailable
 from eci_pay.failure_digest import FailureDigest
 from eci_pay.outbox import Delivery, LeasedMessage, Marked, Outbox, Outcome
@@ -171,6 +172,8 @@ class Lane:
 
     async def _deliver(self, message: LeasedMessage, lease_ends: float, *, probe: bool) -> None:
         """Tries until it is delivered or refused, or not worth trying before its next delivery."""
+        continue_origin(message.request_id, message.traceparent)
+        begin_subject(payment_id=message.payment_id, order_id=message.order_id)
         tried: Try | None = None
         for number in range(self._peer.endpoint.tries_max):
             if number:

@@ -182,24 +182,24 @@ class Looks:
         """Unheard of for longer than any request may be under way."""
         if not await self.book(leased, NEVER_HAPPENED):
             return Step(State.OPEN, "could not be booked")
-        if await self._is_booked(leased) is not False:
+        if await self.is_booked(leased) is not False:
             return Step(State.DONE, "settled by its own request")
         # A request that was held up for longer than anything should be would arrive after this.
         return Step(State.CHECKING, "never happened", delay_seconds=self.schedule.grace)
 
     async def _settled_otherwise(self, leased: Leased) -> Step:
         """What is no longer PROCESSING: settled by its own request, or by a look that was cut off before its note."""
-        if await self._is_booked(leased):
+        if await self.is_booked(leased):
             return Step(State.DONE, "settled by its own request")
         return Step(State.CHECKING, "booked as failed", delay_seconds=self.schedule.grace)
 
-    async def _is_booked(self, leased: Leased) -> bool | None:
+    async def is_booked(self, unsettled: Unsettled) -> bool | None:
         """Whether the books say that the gateway acted; None while they leave it open."""
-        view = await self.charges.payments.by_id(leased.payment_id)
-        if leased.refund_id is not None:
-            refund = next(refund for refund in view.refunds if refund.refund_id == leased.refund_id)
+        view = await self.charges.payments.by_id(unsettled.payment_id)
+        if unsettled.refund_id is not None:
+            refund = next(refund for refund in view.refunds if refund.refund_id == unsettled.refund_id)
             return None if refund.status is RefundStatus.PROCESSING else refund.status is RefundStatus.COMPLETED
-        if view.attempt != leased.attempt:
+        if view.attempt != unsettled.attempt:
             return False
         return None if view.status is PaymentStatus.PROCESSING else view.captured_at is not None
 
@@ -244,7 +244,7 @@ class Looks:
 
     async def _put_right(self, leased: Leased) -> Step:
         """Gives back money that was taken for an attempt that had failed; books a refund that had."""
-        booked = await self._is_booked(leased)
+        booked = await self.is_booked(leased)
         if booked is None:
             return Step(State.OPEN, "approved after all, booked again", delay_seconds=0.0)
         if booked:

@@ -30,6 +30,10 @@ def _payment_id(**options: Any) -> Any:
     return Field(sa_type=BigInteger, foreign_key="payments.payment_id", **options)
 
 
+def _run_id(**options: Any) -> Any:
+    return Field(sa_type=BigInteger, foreign_key="reconciliation_runs.run_id", **options)
+
+
 def _money(default: str | None = None) -> Any:
     if default is None:
         return Field(max_digits=10, decimal_places=2)
@@ -281,21 +285,53 @@ class ReconciliationRun(SQLModel, table=True):
 
 
 class SettlementAwaited(SQLModel, table=True):
-    """What was booked so shortly before the end of a reconciled period that the gateway may settle it in the next."""
+    """An operation of ours that another file settles than the one of its day: still awaited, or seen there."""
 
     __tablename__ = "settlements_awaited"
     __table_args__ = (
-        Index("idx_settlements_awaited_charge", "payment_id", unique=True, postgresql_where=text("refund_id IS NULL")),
-        UniqueConstraint("refund_id", name="idx_settlements_awaited_refund"),
-        Index("idx_settlements_awaited_open", "booked_at", postgresql_where=text("ended_run_id IS NULL")),
+        UniqueConstraint("operation_key", name="idx_settlements_awaited_key"),
+        Index("idx_settlements_awaited_payment_id", "payment_id"),
+        Index(
+            "idx_settlements_awaited_open",
+            "booked_at",
+            postgresql_where=text("settled_run_id IS NULL AND closed_at IS NULL"),
+        ),
     )
 
     awaited_id: int | None = _id()
+    operation_key: str = Field(max_length=30)
     payment_id: int = _payment_id()
     refund_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="refunds.refund_id")
+    recovery_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="recoveries.recovery_id")
     booked_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
-    run_id: int = Field(sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")
-    ended_run_id: int | None = Field(default=None, sa_type=BigInteger, foreign_key="reconciliation_runs.run_id")
+    run_id: int = _run_id()
+    settled_run_id: int | None = _run_id(default=None)
+    closed_at: datetime | None = _instant_or_none()
+    closed_by: str | None = Field(default=None, max_length=100)
+
+
+class SettlementLinePending(SQLModel, table=True):
+    """A line of a file that was within its time limit: later runs judge it anew."""
+
+    __tablename__ = "settlement_lines_pending"
+    __table_args__ = (
+        UniqueConstraint(
+            "transaction_id", "operation", "gateway_reference", "status", name="idx_settlement_lines_pending"
+        ),
+    )
+
+    line_id: int | None = _id()
+    run_id: int = _run_id()
+    operation: str = Field(max_length=10)
+    transaction_id: str = Field(max_length=50)
+    gateway_reference: str = Field(max_length=100)
+    amount: Decimal = Field(sa_type=Numeric)
+    currency: str = Field(max_length=3)
+    status: str = Field(max_length=10)
+    settled_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    ended_run_id: int | None = _run_id(default=None)
+    closed_at: datetime | None = _instant_or_none()
+    closed_by: str | None = Field(default=None, max_length=100)
 
 
 class BulkRun(SQLModel, table=True):

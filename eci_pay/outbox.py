@@ -128,7 +128,8 @@ class Outbox:
             if isinstance(result, Unavailable):
                 raise result
             if isinstance(result, Exception):
-                _log.error("message %d could not be booked", delivery.message.message_id, exc_info=result)
+                told = {"payment_id": delivery.message.payment_id, "order_id": delivery.message.order_id}
+                _log.error("message %d could not be booked", delivery.message.message_id, exc_info=result, extra=told)
         return [result for result in results if isinstance(result, Marked)]
 
     async def _mark(self, deliveries: Sequence[Delivery]) -> list[Marked | None]:
@@ -205,22 +206,26 @@ class Outbox:
         known = {destination.value for destination in Destination}  # a newer release may have more
         return frozenset(Destination(row["destination"]) for row in rows if row["destination"] in known)
 
-    async def retry(self, message_ids: Sequence[int], *, overtaken: bool = False) -> list[Retried]:
+    async def retry(
+        self, message_ids: Sequence[int], *, overtaken: bool = False, note: str | None = None
+    ) -> list[Retried]:
         """Makes undelivered messages due at once, as if they were new; those that do not exist are missing.
 
         A dead message whose line went on without it is requeued only where `overtaken` says so: it would tell its
-        peer of a past that is over.
+        peer of a past that is over. A `note` is added to its last error: who has asked for it, and why.
         """
         ids = list(message_ids)
 
         async def work(connection: Connection) -> list[Row]:
             await fetch(connection, "outbox_lock_payments", {"message_ids": ids})
             await fetch(connection, "outbox_lock_lines", {"message_ids": ids})
-            return await fetch(connection, "outbox_retry", {"message_ids": ids, "overtaken": overtaken})
+            return await fetch(connection, "outbox_retry", {"message_ids": ids, "overtaken": overtaken, "note": note})
 
         return [Retried(**row) for row in await self._database.transaction(work)]
 
-    async def retry_dead(self, destination: Destination, *, overtaken: bool = False) -> list[Retried]:
+    async def retry_dead(
+        self, destination: Destination, *, overtaken: bool = False, note: str | None = None
+    ) -> list[Retried]:
         """As `retry`, for all dead messages of a destination, in batches."""
         results: list[Retried] = []
         after = 0
@@ -229,5 +234,5 @@ class Outbox:
             ids = [row["message_id"] for row in await self._database.read("outbox_dead_ids", params)]
             if not ids:
                 return results
-            results += await self.retry(ids, overtaken=overtaken)
+            results += await self.retry(ids, overtaken=overtaken, note=note)
             after = ids[-1]

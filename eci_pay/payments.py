@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eci_pay.context import know
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import PaymentNotFound
 from eci_pay.group_commit import GroupCommit
@@ -27,6 +28,7 @@ class Payments:
             raise PaymentNotFound(
                 "there is no payment with this id" if payment_id is None else f"there is no payment {payment_id}"
             )
+        know(payment_id=row["payment_id"], order_id=row["order_id"])
         return PaymentView.of_row(row)
 
     async def with_begin_id(self, payment_id: int) -> tuple[PaymentView, str | None]:

@@ -13,6 +13,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 
 from eci_pay import idempotency
 from eci_pay.answers import Answer
+from eci_pay.context import context_of_use_case
 from eci_pay.database import Database
 from eci_pay.errors import Unavailable
 from eci_pay.idempotency import Finish
@@ -30,7 +31,7 @@ class Phases:
 
     async def run_to_end(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """Waits for `work`; if the waiter is cancelled, the work goes on."""
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, context=context_of_use_case())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)

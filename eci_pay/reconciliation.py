@@ -5,8 +5,9 @@ A run looks and records what it found; nothing else is changed until somebody as
 
 import asyncio
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, assert_never
@@ -16,7 +17,7 @@ from eci_pay.book_checks import UNSETTLED_MAX, BookChecks, Found
 from eci_pay.context import acting_for
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.differences import DIFFERENCES_SHOWN_MAX, BookFault, Check, Difference, LineClass, Report
-from eci_pay.errors import InvalidRequest
+from eci_pay.errors import InvalidRequest, Unavailable
 from eci_pay.gateway_calls import LOOKS_AT_ONCE_MAX
 from eci_pay.gateways import Approved, Declined, NotFound, Outcome, Unknown
 from eci_pay.looks import Looks, Schedule, Unsettled
@@ -27,17 +28,23 @@ from eci_pay.settlement_file import copy_lines
 from eci_pay.settlement_matching import Matched, Period
 from eci_pay.table_files import TableFile
 
+ONE_DAY = timedelta(days=1)
 REFUNDS_REPAIRED_MAX = 10_000
 """How many refunds that the gateway made after all one run proposes to book."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """What is to be reconciled: with a file or without, of a time (the second instant exclusive) or of all; on whose
-    behalf. Where no time is given, a file is of the days (UTC) of its lines."""
+    behalf. Where no time is given, a file is of the days (UTC) of its lines. It was made at some moment, now if left
+    out, and cannot have what happened later."""
 
     operator: str
     file: TableFile | None = None
+    made_at: datetime | None = None
     period_from: datetime | None = None
     period_to: datetime | None = None
 
@@ -107,13 +114,15 @@ class Reconciliation:
         """Compares, records the run, and proposes what can be repaired for certain. Raises FileInvalid, and
         InvalidRequest for a period that is none."""
         started_at = self.clock()
-        if job.period_from and job.period_to and job.period_from >= job.period_to:
-            raise InvalidRequest("the period ends before it begins")
-        asked = await self._ask(await self.checks.unsettled())
+        _refuse_reversed(job.period_from, job.period_to)
+        unsettled, more = await self.checks.unsettled()
+        asked = await self._ask(unsettled, self.looks.outcome)
         found = Found()
         unknown = [each for each in asked if self._is_fault(each)]
         for each in unknown:
             found.add(_unknown(each))
+        found.counts[Check.OUTCOME_UNKNOWN] += more
+        dead = await self._dead_messages()
         compared = await self._compare(job, watch, found, started_at)
         matched = compared.matched
         report = Report(
@@ -131,12 +140,13 @@ class Reconciliation:
             sums=matched.sums if matched else (),
             days=matched.days if matched else (),
             differences=compared.differences,
-            fault_counts=dict(found.counts),
+            fault_counts={check: count for check, count in found.counts.items() if count},
             faults=tuple(found.faults),
             open_in_time=len(asked) - len(unknown),
+            warnings=() if matched is None else _warnings(matched, job, started_at),
         )
         settles = [repair for each in asked if (repair := _settle(each, each in unknown, compared.open_lines))]
-        return report, [*settles, *await self._late_refunds(compared.late_refunds), *await self._dead_messages()]
+        return report, [*settles, *await self._late_refunds(compared.late_refunds), *dead]
 
     async def repair(
         self, report: Report, repairs: Sequence[Repair], on_made: Callable[[], None] = lambda: None
@@ -145,20 +155,31 @@ class Reconciliation:
         with acting_for(f"reconciliation {report.run_id} of {report.operator}"):
             made = await Repairs(looks=self.looks, outbox=self.outbox).make(repairs, on_made)
         repaired = {"run_id": report.run_id, "repaired": sum(each.findings for each in made)}
-        await self.database.fetch("reconciliation_repaired", repaired)
+        try:
+            await self.database.fetch("reconciliation_repaired", repaired)
+        except Unavailable as error:  # what was made is told all the same
+            _log.warning("the history does not know of %d repairs: %s", len(made), error)
         return made
+
+    async def close(self, payment_id: int, *, operator: str) -> int:
+        """Ends what runs have left open of a payment, because somebody has settled it by hand; how much that was."""
+        params = {"payment_id": payment_id, "operator": operator, "at": self.clock()}
+        (row,) = await self.database.fetch("settlement_close", params)
+        return int(row["closed"])
 
     async def history(self, *, before: int, count_max: int) -> list[Run]:
         """The runs before that one, the latest first."""
         rows = await self.database.read("reconciliation_history", {"before": before, "count_max": count_max})
         return [Run(**row) for row in rows]
 
-    async def _ask(self, unsettled: Sequence[Unsettled]) -> list[_Asked]:
+    async def _ask(
+        self, unsettled: Sequence[Unsettled], ask: Callable[[Unsettled], Awaitable[Outcome | NotFound | None]]
+    ) -> list[_Asked]:
         """Asks the gateway, a few at a time; no further where it does not answer any of them."""
         asked: list[_Asked] = []
         for start in range(0, len(unsettled), LOOKS_AT_ONCE_MAX):
             few = unsettled[start : start + LOOKS_AT_ONCE_MAX]
-            outcomes = await asyncio.gather(*(self.looks.outcome(each) for each in few))
+            outcomes = await asyncio.gather(*(ask(each) for each in few))
             asked += [_Asked(each, outcome) for each, outcome in zip(few, outcomes, strict=True) if outcome is not None]
             if all(isinstance(outcome, Unknown) and not outcome.answered for outcome in outcomes):
                 left = Unknown(message="not asked: the gateway does not answer")
@@ -171,7 +192,7 @@ class Reconciliation:
         return asked.unsettled.age_seconds > (self.schedule.first if is_told else self.schedule.alert)
 
     async def _compare(self, job: Job, watch: Watch, found: Found, started_at: datetime) -> _Compared:
-        """Matches the file and checks the books, beside each other, and records the run with what was matched."""
+        """Checks the books and, beside that, matches the file; records the run with what was matched."""
         checking = asyncio.create_task(
             self.checks.check(found, changed_from=job.period_from, changed_to=job.period_to, on_progress=watch.on_books)
         )
@@ -186,6 +207,8 @@ class Reconciliation:
             )
 
         try:
+            if job.file is None:
+                await checking
             return await self.database.long_transaction(work)
         finally:
             checking.cancel()
@@ -198,9 +221,16 @@ class Reconciliation:
         end = job.period_to or (days.end if days else None)
         if start is None or end is None:
             raise InvalidRequest(f"{file.name}: has no lines: say which days it is of, with --from and --to")
-        unknown_max = timedelta(seconds=self.schedule.alert)
-        period = Period(start=start, end=end)
-        return await matching.match(connection, period, now=self.clock(), unknown_max=unknown_max, lines=lines)
+        _refuse_reversed(start, end)
+        now = self.clock()
+        return await matching.match(
+            connection,
+            Period(start=start, end=end),
+            lines=lines,
+            made_at=job.made_at or now,
+            now=now,
+            unknown_max=timedelta(seconds=self.schedule.alert),
+        )
 
     async def _recorded(
         self,
@@ -246,8 +276,7 @@ class Reconciliation:
             },
         )
         if matched is not None:
-            await fetch(connection, "settlement_await", row)
-            await fetch(connection, "settlement_arrived", row)
+            await matching.carry(connection, matched, row["run_id"])
         return _Compared(
             run_id=row["run_id"],
             seen_in_run_id=seen[0]["run_id"] if seen else None,
@@ -259,14 +288,15 @@ class Reconciliation:
 
     async def _late_refunds(self, rows: Sequence[Row]) -> list[Repair]:
         """Refunds that failed by our books and are settled by the file: those that the gateway confirms."""
-        repairs: list[Repair] = []
-        for row in rows:
-            reference = row.pop("gateway_reference")
-            unsettled = Unsettled(**row)
-            outcome = await self.looks.gateway.look_up(unsettled.operation)
-            if isinstance(outcome, Approved) and outcome.reference == reference:
-                repairs.append(BookRefund(unsettled=unsettled, outcome=outcome))
-        return repairs
+        references = [row.pop("gateway_reference") for row in rows]
+        asked = await self._ask(
+            [Unsettled(**row) for row in rows], lambda each: self.looks.gateway.look_up(each.operation)
+        )
+        return [
+            BookRefund(unsettled=each.unsettled, outcome=each.outcome)
+            for each, reference in zip(asked, references, strict=True)
+            if isinstance(each.outcome, Approved) and each.outcome.reference == reference
+        ]
 
     async def _dead_messages(self) -> list[Repair]:
         return [
@@ -274,6 +304,22 @@ class Reconciliation:
             for each in await self.outbox.stats()
             if each.dead
         ]
+
+
+def _refuse_reversed(start: datetime | None, end: datetime | None) -> None:
+    if start and end and start >= end:
+        raise InvalidRequest(f"the period ends before it begins: {start.isoformat()} to {end.isoformat()}")
+
+
+def _warnings(matched: Matched, job: Job, now: datetime) -> tuple[str, ...]:
+    """What may make differences that are none."""
+    warnings = []
+    if (job.period_from is None or job.period_to is None) and matched.period.end - matched.period.start > ONE_DAY:
+        days = (matched.period.end - matched.period.start) // ONE_DAY
+        warnings.append(f"the file's lines are of {days} days (UTC): --from and --to tell of which it should have all")
+    if matched.period.end > now:
+        warnings.append("the period is not over: reconcile its whole file when it is")
+    return tuple(warnings)
 
 
 def _counts(matched: Matched | None, found: Found) -> dict[str, Any]:

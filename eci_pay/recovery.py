@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from eci_pay.context import bind_origin
+from eci_pay.context import begin_subject, bind_origin
 from eci_pay.database import Database, Row
 from eci_pay.errors import Unavailable
 from eci_pay.gateway_calls import LOOKS_AT_ONCE_MAX
@@ -203,6 +203,7 @@ class Recovery:
     async def _look(self, leased: Leased, *, is_due: bool) -> Look | None:
         """Looks, and schedules the next look; None where that failed: its lease ends, and somebody looks again."""
         bind_origin(None)
+        begin_subject(payment_id=leased.payment_id, refund_id=leased.refund_id)
         try:
             return await self._look_and_mark(leased, is_due=is_due)
         except Unavailable as error:

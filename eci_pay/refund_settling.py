@@ -1,5 +1,6 @@
 """Settling a refund: what the gateway said of it is booked, whoever found it out. As `charge_settling`."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +9,13 @@ from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
-from eci_pay.context import on_behalf
+from eci_pay.context import know, on_behalf
 from eci_pay.database import Database, Row
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
 from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import KEY_LIFETIME
-from eci_pay.lifecycle import RefundStatus
+from eci_pay.lifecycle import PaymentStatus, RefundStatus
+from eci_pay.logs import tell_of_payment, tell_of_refund
 from eci_pay.messages import Message, Messages, Subject
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
@@ -51,6 +53,8 @@ class RefundSettling:
         """A refund that is still PROCESSING, as its begin returned it."""
         params = {"refund_id": refund_id, "key_lifetime_seconds": KEY_LIFETIME.total_seconds()}
         rows = await self.database.read("refund_open", params)
+        if rows:
+            know(refund_id=refund_id, payment_id=rows[0]["payment_id"], order_id=rows[0]["order_id"])
         return rows[0] if rows else None
 
     async def settle_open(self, refund_id: int, outcome: Approved | Declined) -> bool:
@@ -69,7 +73,10 @@ class RefundSettling:
             "at": self.clock(),
             "description": f"Refund turned up at the gateway{on_behalf()}",
         }
-        return bool(await self.database.fetch("refund_reopen", params))
+        rows = await self.database.fetch("refund_reopen", params)
+        if rows:
+            tell_of_refund(RefundStatus.PROCESSING, **rows[0])
+        return bool(rows)
 
     def _messages_of(self, refund: Row, outcome: Outcome, view: PaymentView) -> tuple[Message, ...]:
         if not isinstance(outcome, Approved):
@@ -82,6 +89,7 @@ class RefundSettling:
         if isinstance(told, Exception):
             raise told
         if told is not None:
+            _tell(settlement, told)
             return told
         if settlement.gateway_reference is not None:
             await self.note_if_late(settlement.payment_id, settlement.refund_id, settlement.gateway_reference)
@@ -113,6 +121,14 @@ class RefundSettling:
         if answer is None or answer.body == ours.body:
             raise error
         return answer
+
+
+def _tell(settlement: RefundSettlement, answer: Answer) -> None:
+    """A payment is REFUNDED by the refund that is booked last: its answer shows it so."""
+    payment_id, order_id = settlement.payment_id, settlement.order_id
+    tell_of_refund(settlement.status, refund_id=settlement.refund_id, payment_id=payment_id, order_id=order_id)
+    if settlement.status is RefundStatus.COMPLETED and json.loads(answer.body)["status"] == PaymentStatus.REFUNDED:
+        tell_of_payment(PaymentStatus.REFUNDED, payment_id=payment_id, order_id=order_id)
 
 
 def refund_key(transaction_id: str, refund_id: int) -> str:

@@ -14,6 +14,7 @@ from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, Begun, Refused
 from eci_pay.charge_settling import charge_key
+from eci_pay.context import know
 from eci_pay.database import Database, Row
 from eci_pay.errors import PaymentNotFound, RefundExceedsBalance, Unavailable
 from eci_pay.gateway_calls import GatewayCalls, Place
@@ -21,6 +22,7 @@ from eci_pay.gateways import GatewayRefund, Outcome
 from eci_pay.group_commit import GroupCommit
 from eci_pay.idempotency import Claim, Finish
 from eci_pay.lifecycle import PaymentStatus, RefundStatus
+from eci_pay.logs import tell_of_refund
 from eci_pay.payments import Payments
 from eci_pay.phases import Phases
 from eci_pay.recovery import Recovery
@@ -105,9 +107,16 @@ class Refunds:
     async def _begin(self, begin: RefundBegin, *, looked: bool = False) -> Row | Answer:
         """The reserved refund, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
+        know(payment_id=begin.payment_id)
         result = await self.begin_refund(begin)
         match result:
             case Begun(row):
+                tell_of_refund(
+                    RefundStatus.PROCESSING,
+                    refund_id=row["refund_id"],
+                    payment_id=row["payment_id"],
+                    order_id=row["order_id"],
+                )
                 return row
             case Refused(row):
                 if not looked and await self.recovery.settle_first(_unsettled(begin, row)):

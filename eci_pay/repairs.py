@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from eci_pay.context import begin_subject, on_behalf
 from eci_pay.gateways import Approved, Declined
 from eci_pay.looks import Looks, Unsettled
 from eci_pay.messages import Destination
@@ -76,6 +77,7 @@ class Repairs:
         """One after the other; one that fails does not keep the others from being made."""
         made = []
         for repair in repairs:
+            begin_subject()
             try:
                 made.append(await self._made(repair))
             except Exception as error:  # whatever it is: the others are certain, too
@@ -86,30 +88,46 @@ class Repairs:
 
     async def _made(self, repair: Repair) -> Repaired:
         match repair:
-            case SettleOutcome(unsettled=unsettled, outcome=outcome):
-                return _booked(repair, await self.looks.book(unsettled, outcome))
+            case SettleOutcome():
+                return await self._settled(repair)
             case BookRefund():
                 return await self._refund_booked(repair)
             case SendAgain(destination=destination):
-                retried = await self.outbox.retry_dead(destination)
+                retried = await self.outbox.retry_dead(destination, note=f"sent again{on_behalf()}")
                 requeued = sum(each.requeued for each in retried)
                 left = f"{len(retried) - requeued:,} were overtaken by later ones: eci-pay outbox retry --overtaken"
-                return Repaired(repair=repair, findings=requeued, left=left if requeued < len(retried) else "")
+                return Repaired(
+                    repair=repair,
+                    findings=min(requeued, repair.findings),
+                    left=left if requeued < len(retried) else "",
+                )
             case _:
                 assert_never(repair)
 
+    async def _settled(self, repair: SettleOutcome) -> Repaired:
+        """Booked, unless somebody else was faster; what they booked may be something else."""
+        unsettled, outcome = repair.unsettled, repair.outcome
+        if not await self.looks.book(unsettled, outcome):
+            return Repaired(repair=repair, findings=0, left="it could not be booked")
+        if await self.looks.is_booked(unsettled) is isinstance(outcome, Approved):
+            return Repaired(repair=repair, findings=repair.findings)
+        if isinstance(outcome, Approved):
+            await self._note_if_late(unsettled, outcome.reference)
+        return Repaired(repair=repair, findings=0, left="it was booked otherwise meanwhile: see `eci-pay recover`")
+
+    async def _note_if_late(self, unsettled: Unsettled, reference: str) -> None:
+        """Lets recovery put right what the gateway did and our books deny."""
+        if unsettled.refund_id is None:
+            await self.looks.charges.note_if_late(unsettled.payment_id, unsettled.attempt, reference)
+        else:
+            await self.looks.refunds.note_if_late(unsettled.payment_id, unsettled.refund_id, reference)
+
     async def _refund_booked(self, repair: BookRefund) -> Repaired:
-        """As recovery does it, which finishes what a crash leaves here: it is told first."""
-        payment_id, refund_id = repair.unsettled.payment_id, repair.unsettled.refund_id
+        """As recovery does it, which takes charge of what a crash leaves here."""
+        refund_id = repair.unsettled.refund_id
         assert refund_id is not None
-        refunds = self.looks.refunds
-        await refunds.note_if_late(payment_id, refund_id, repair.outcome.reference)
-        if not await refunds.reopen(refund_id):
+        if not await self.looks.refunds.reopen(refund_id) and await self.looks.is_booked(repair.unsettled) is not True:
             return Repaired(repair=repair, findings=0, left="that much of the payment is not left to refund")
-        return _booked(repair, await refunds.settle_open(refund_id, repair.outcome))
-
-
-def _booked(repair: SettleOutcome | BookRefund, booked: bool) -> Repaired:
-    if booked:
-        return Repaired(repair=repair, findings=repair.findings)
-    return Repaired(repair=repair, findings=0, left="it could not be booked")
+        if await self.looks.refunds.settle_open(refund_id, repair.outcome):
+            return Repaired(repair=repair, findings=repair.findings)
+        return Repaired(repair=repair, findings=0, left="it could not be booked")

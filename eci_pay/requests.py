@@ -16,11 +16,13 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from eci_pay import money
+from eci_pay import money, request_schemas
 from eci_pay.errors import FieldError, MalformedJson, ValidationFailed
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 
@@ -107,16 +109,27 @@ def _instant(value: Any) -> datetime:
         raise ValueError("is out of range") from None
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": request_schemas.STORABLE})]
 Id = Annotated[int, Field(strict=True, ge=1, le=ID_MAX)]
-AmountField = Annotated[Decimal, BeforeValidator(_explained(money.parse_amount))]
-CurrencyField = Annotated[str, BeforeValidator(_explained(_currency))]
-Instant = Annotated[datetime, BeforeValidator(_explained(_instant))]
+AmountField = Annotated[
+    Decimal, BeforeValidator(_explained(money.parse_amount)), WithJsonSchema(request_schemas.AMOUNT)
+]
+CurrencyField = Annotated[
+    str, BeforeValidator(_explained(_currency)), Field(json_schema_extra=request_schemas.describe_currency)
+]
+Instant = Annotated[datetime, BeforeValidator(_explained(_instant)), WithJsonSchema(request_schemas.INSTANT)]
 Reason = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=REASON_LENGTH_MIN, max_length=REASON_LENGTH_MAX),
     AfterValidator(_storable),
+    WithJsonSchema(request_schemas.REASON),
 ]
+
+_OF_DIGITS = BeforeValidator(_explained(_digits))
+_PAGE_SCHEMA: JsonDict = {
+    "maximum": LIST_DEPTH_MAX,
+    "description": f"Not beside a cursor; `page * page_size` is at most {LIST_DEPTH_MAX}.",
+}
 
 
 class Request(BaseModel):
@@ -127,6 +140,8 @@ class Request(BaseModel):
 
 class CreateRequest(Request):
     """A payment of an order, as the legacy creation takes it."""
+
+    model_config = ConfigDict(json_schema_extra=request_schemas.describe_creation)
 
     order_id: Id
     user_id: Id
@@ -148,7 +163,12 @@ class ChargeRequest(CreateRequest):
     """A charge of an order. The token is passed to the gateway, never stored and never logged."""
 
     payment_token: (
-        Annotated[SecretStr, Field(min_length=1, max_length=TOKEN_LENGTH_MAX), AfterValidator(_storable_secret)] | None
+        Annotated[
+            SecretStr,
+            Field(min_length=1, max_length=TOKEN_LENGTH_MAX, json_schema_extra={"pattern": request_schemas.STORABLE}),
+            AfterValidator(_storable_secret),
+        ]
+        | None
     ) = None
 
 
@@ -171,12 +191,12 @@ class ListRequest(Request):
 
     status: Annotated[PaymentStatus | None, BeforeValidator(_upper_name)] = None
     payment_method: Annotated[PaymentMethod | None, BeforeValidator(_upper_name)] = None
-    user_id: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=ID_MAX)] | None = None
+    user_id: Annotated[int, Field(ge=1, le=ID_MAX), _OF_DIGITS] | None = None
     created_from: Instant | None = None
     created_to: Instant | None = None
-    page: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1)] | None = None
-    page_size: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=PAGE_SIZE_MAX)] = PAGE_SIZE_DEFAULT
-    cursor: Annotated[int, BeforeValidator(_explained(_digits)), Field(ge=1, le=ID_MAX)] | None = None
+    page: Annotated[int, Field(ge=1, json_schema_extra=_PAGE_SCHEMA), _OF_DIGITS] | None = None
+    page_size: Annotated[int, Field(ge=1, le=PAGE_SIZE_MAX), _OF_DIGITS] = PAGE_SIZE_DEFAULT
+    cursor: Annotated[int, Field(ge=1, le=ID_MAX), _OF_DIGITS] | None = None
 
     @model_validator(mode="after")
     def _within_depth(self) -> Self:

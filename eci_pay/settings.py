@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from eci_pay.errors import SettingsInvalid
+from eci_pay.logs import LogFormat
 
 _DRIVER_SCHEME = "postgresql+psycopg://"
 
@@ -79,6 +80,8 @@ class Settings(BaseSettings):
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = None
     """Where the books are; unset means the embedded PostgreSQL."""
     log_level: Annotated[LogLevel, BeforeValidator(lambda value: str(value).upper())] = "INFO"
+    eci_pay_log_format: LogFormat = "auto"
+    """`auto` means lines for people on a terminal, JSON elsewhere."""
     service_name: str = "payment-service"
 
     order_service_url: ServiceUrl | None = None

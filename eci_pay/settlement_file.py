@@ -37,6 +37,8 @@ TRANSACTION_ID_LENGTH_MAX = 50
 WHOLE_DIGITS_MAX = 12
 """Of an amount, before its decimal point."""
 DECIMALS_MAX = 2
+FEE_DECIMALS_MAX = 6
+"""Gateways reckon finer than they pay."""
 YEAR_MIN, YEAR_MAX = 2000, 2100
 CHUNK_ROWS = 1000
 
@@ -192,7 +194,7 @@ def _fee(value: object, currency: str, decimals: int) -> str:
         return value
     if value is None or (isinstance(value, str) and not value.strip()):
         return "\\N"
-    return _exact_amount(value, "fee", currency, decimals)
+    return _exact_amount(value, "fee", currency, FEE_DECIMALS_MAX)
 
 
 def _exact_amount(value: object, column: str, currency: str, decimals: int) -> str:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from eci_pay.context import current_origin
+from eci_pay.context import current_origin, know
 from eci_pay.database import Connection, Database, fetch
 from eci_pay.errors import InvalidState, PaymentNotFound
 from eci_pay.lifecycle import CANCELLABLE, PaymentStatus, statuses_before_update
+from eci_pay.logs import tell_of_payment
 from eci_pay.messages import Messages, Subject, message_arrays
 from eci_pay.payments import views_of
 from eci_pay.recovery import Recovery
@@ -59,6 +60,7 @@ class StatusChanges:
     ) -> PaymentView:
         if payment_id is None:
             raise PaymentNotFound
+        know(payment_id=payment_id)
         at = self.clock()
         origin = current_origin()
 
@@ -96,4 +98,5 @@ class StatusChanges:
             changed = await self.database.transaction(work)
         if changed is None:
             raise InvalidState(f"a PROCESSING payment cannot become {status}", payment_id=payment_id)
+        tell_of_payment(status, payment_id=payment_id, order_id=changed.order_id)
         return changed

@@ -84,7 +84,7 @@ class TableFile:
         self._closed = closed
         blocks = self._blocks()
         first = next(blocks, "")
-        if not first:
+        if not first and self._format is not FileFormat.JSONL:
             self._refuse("is empty")
         is_jsonl = self._format is FileFormat.JSONL or (
             self._format is FileFormat.AUTO and first.lstrip().startswith("{")

@@ -24,7 +24,7 @@ Instant = Annotated[datetime, AfterValidator(_in_utc)]
 class View(BaseModel):
     """A frozen picture of the database at one moment."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_serialization_defaults_required=True)
 
 
 class TransactionView(View):

@@ -27,7 +27,7 @@ ServiceFactory = Callable[[], AbstractAsyncContextManager[PaymentService]]
 def create_app() -> ASGIApp:
     """The application of a worker: settings and logs from the environment, the service for as long as it runs."""
     settings = load_settings()
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, settings.eci_pay_log_format)
 
     @asynccontextmanager
     async def service_of_worker() -> AsyncIterator[PaymentService]:

@@ -9,7 +9,7 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eci_pay.context import bind_origin
+from eci_pay.context import begin_subject, bind_origin
 from server.headers import header_value, header_values
 from server.problems import http_problem, response_to
 
@@ -34,6 +34,7 @@ class Requests:
         traces = header_values(scope, b"traceparent")
         # Two are none: which of them is meant, W3C Trace Context leaves open.
         request_id = bind_origin(header_value(scope, b"x-request-id"), traces[0] if len(traces) == 1 else None)
+        subject = begin_subject(line_to_come=True)
         encoded_id = request_id.encode("latin-1")
         started = time.perf_counter()
         status = 0  # no response has started
@@ -61,6 +62,7 @@ class Requests:
                     "path": scope["path"],
                     "status": status,
                     "duration_ms": round((time.perf_counter() - started) * 1000, 2),
+                    **subject.told(),
                 },
             )
 

@@ -24,7 +24,7 @@ STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.Unavailable: 503,
 }
 
-_CODE_OF_STATUS = {
+CODE_OF_STATUS = {
     400: "bad-request",
     404: "not-found",
     405: "method-not-allowed",
@@ -42,9 +42,9 @@ class ProblemResponse(JSONResponse):
     media_type = MEDIA_TYPE
 
 
-def status_of(error: errors.PayError) -> int:
-    """The status of an error: its own row of the table, or that of the nearest class above it."""
-    return next(STATUS_OF_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_OF_ERROR)
+def status_of(kind: type[errors.PayError]) -> int:
+    """The status of a kind of error: its own row of the table, or that of the nearest class above it."""
+    return next(STATUS_OF_ERROR[above] for above in kind.__mro__ if above in STATUS_OF_ERROR)
 
 
 def response_to(error: Exception) -> Response:
@@ -62,7 +62,7 @@ def response_to(error: Exception) -> Response:
 
 
 def _refusal(error: errors.PayError) -> Response:
-    status = status_of(error)
+    status = status_of(type(error))
     if isinstance(error, errors.Unavailable):
         _log.warning("unavailable: %s", error.detail)
     retry_after = RETRY_AFTER_SECONDS.get(error.code)
@@ -74,7 +74,7 @@ def http_problem(status: int, detail: str, headers: dict[str, str]) -> Response:
     """A problem that is HTTP's alone."""
     document = problem_document(
         status=status,
-        code=_CODE_OF_STATUS.get(status, f"http-{status}"),
+        code=CODE_OF_STATUS.get(status, f"http-{status}"),
         title=http.HTTPStatus(status).phrase,
         detail=detail,
         members={},

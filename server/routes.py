@@ -1,6 +1,7 @@
 """The whole route table."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -8,19 +9,28 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from server import gateway_events, health, metrics, payments
+from server import docs, gateway_events, health, metrics, payments
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a method of a path does, and the codes of the problems that it may answer, beside the `internal-error` that
+    any of them may."""
+
+    handler: Handler
+    codes: tuple[str, ...] = ()
 
 
 class Resource:
     """All the methods of one path, so that a 405 can name each of them."""
 
-    def __init__(self, handlers: dict[str, Handler]) -> None:
-        self._allow = ", ".join(handlers)
-        self._handlers = dict(handlers)
-        if "GET" in handlers:
-            self._handlers["HEAD"] = handlers["GET"]
+    def __init__(self, operations: dict[str, Operation]) -> None:
+        self._allow = ", ".join(operations)
+        self._handlers = {method: operation.handler for method, operation in operations.items()}
+        if "GET" in operations:
+            self._handlers["HEAD"] = operations["GET"].handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request. What is raised, `Requests` answers."""
@@ -32,21 +42,56 @@ class Resource:
         await response(scope, receive, send)
 
 
-TABLE: dict[str, dict[str, Handler]] = {
-    "/v1/payments/charge": {"POST": payments.charge},
-    "/v1/payments/{payment_id}": {"GET": payments.show, "DELETE": payments.cancel},
-    "/v1/payments": {"GET": payments.list_payments, "POST": payments.create},
-    "/v1/payments/order/{order_id}": {"GET": payments.show_order},
-    "/v1/payments/transaction/{transaction_id}": {"GET": payments.show_transaction},
-    "/v1/payments/{payment_id}/refund": {"POST": payments.refund},
-    "/v1/payments/{payment_id}/status": {"PATCH": payments.update_status},
-    "/v1/gateway/events": {"POST": gateway_events.take},
-    "/health": {"GET": health.health},
-    "/health/live": {"GET": health.health},
-    "/health/startup": {"GET": health.health},
-    "/health/ready": {"GET": health.ready},
-    "/metrics": {"GET": metrics.metrics},
+_BODY = ("malformed-json", "body-too-large", "unsupported-media-type", "validation-error")
+_KEY = ("idempotency-key-missing", "idempotency-key-invalid", "idempotency-key-in-flight", "idempotency-key-reused")
+_ONE = ("payment-not-found", "not-found", "unavailable")
+"""A name in a path may hold a slash, and then it is another path."""
+_NUMBERED = (*_ONE, "validation-error")
+
+TABLE: dict[str, dict[str, Operation]] = {
+    "/v1/payments/charge": {
+        "POST": Operation(
+            payments.charge,
+            (
+                *_BODY,
+                *_KEY,
+                "payment-declined",
+                "order-in-progress",
+                "order-already-paid",
+                "invalid-state",
+                "unavailable",
+            ),
+        ),
+    },
+    "/v1/payments/{payment_id}": {
+        "GET": Operation(payments.show, _NUMBERED),
+        "DELETE": Operation(payments.cancel, (*_NUMBERED, "invalid-state")),
+    },
+    "/v1/payments": {
+        "GET": Operation(payments.list_payments, ("validation-error", "unavailable")),
+        "POST": Operation(payments.create, (*_BODY, *_KEY, "order-exists", "unavailable")),
+    },
+    "/v1/payments/order/{order_id}": {"GET": Operation(payments.show_order, _NUMBERED)},
+    "/v1/payments/transaction/{transaction_id}": {"GET": Operation(payments.show_transaction, _ONE)},
+    "/v1/payments/{payment_id}/refund": {
+        "POST": Operation(
+            payments.refund,
+            (*_BODY, *_KEY, *_ONE, "refund-declined", "invalid-state", "refund-exceeds-balance"),
+        ),
+    },
+    "/v1/payments/{payment_id}/status": {"PATCH": Operation(payments.update_status, (*_BODY, *_ONE, "invalid-state"))},
+    "/v1/gateway/events": {
+        "POST": Operation(gateway_events.take, ("event-refused", "body-too-large", "unavailable")),
+    },
+    "/health": {"GET": Operation(health.health)},
+    "/health/live": {"GET": Operation(health.health)},
+    "/health/startup": {"GET": Operation(health.health)},
+    "/health/ready": {"GET": Operation(health.ready, ("unavailable",))},
+    "/metrics": {"GET": Operation(metrics.metrics)},
+    "/openapi.json": {"GET": Operation(docs.openapi)},
+    "/docs": {"GET": Operation(docs.page)},
+    "/docs/{version}/{file}": {"GET": Operation(docs.file, ("not-found",))},
 }
 """Order matters: the first pattern that a path fits has it, and they are tried one by one."""
 
-ROUTES = [Route(path, Resource(handlers)) for path, handlers in TABLE.items()]
+ROUTES = [Route(path, Resource(operations)) for path, operations in TABLE.items()]

@@ -35,6 +35,14 @@ compared AS (
     LEFT JOIN transactions latest ON latest.transaction_log_id = t.latest_id
     LEFT JOIN given g ON g.payment_id = p.payment_id
 ),
+-- What is wrong is put into words for those alone where something is.
+suspect AS (
+    SELECT *
+    FROM compared
+    WHERE audited_status IS DISTINCT FROM status OR times_paid > 1 OR given_refunded > amount
+       OR (audited_refunded, audited_pending) <> (refunded_amount, refund_pending)
+       OR (given_refunded, given_pending) <> (refunded_amount, refund_pending)
+),
 -- One row for all, so that payments are counted even where none is at fault.
 checked AS (
     SELECT count(*) AS payments FROM payment
@@ -43,7 +51,7 @@ SELECT checked.payments, fault.*
 FROM checked
 LEFT JOIN (
     SELECT c.payment_id, f.check_name, f.detail
-    FROM compared c
+    FROM suspect c
     CROSS JOIN LATERAL (VALUES
         ('status_not_audited', c.audited_status IS DISTINCT FROM c.status,
          'the payment is ' || c.status || ', the audit trail says ' || coalesce(c.audited_status, 'nothing')),

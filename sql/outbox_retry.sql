@@ -26,6 +26,7 @@ requeued AS (
         attempts = 0,
         first_attempt_at = NULL,
         lease_id = NULL,
+        last_error = left(nullif(concat_ws('; ', %(note)s::text, m.last_error), ''), 500),
         next_attempt_at = now()
     FROM chosen c
     WHERE m.message_id = c.message_id

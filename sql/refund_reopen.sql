@@ -1,16 +1,18 @@
 -- Takes a refund that was booked as never happened back to PROCESSING, because the gateway did give the money:
--- reserves it again if that much of the payment is left.
+-- reserves it again if that much of the payment is left. In the same commit recovery takes charge of it, so that
+-- whoever settles it now may be cut off.
 WITH locked AS MATERIALIZED (
-    SELECT p.payment_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, f.refund_id, f.amount
+    SELECT p.payment_id, p.order_id, p.status, p.amount AS captured, p.refunded_amount, p.refund_pending, p.attempt,
+           p.currency, p.payment_method, f.refund_id, f.amount, f.created_at
     FROM (SELECT payment_id FROM refunds WHERE refund_id = %(refund_id)s::bigint) wanted
     CROSS JOIN LATERAL (
-        SELECT payment_id, status, amount, refunded_amount, refund_pending
+        SELECT payment_id, order_id, status, amount, refunded_amount, refund_pending, attempt, currency, payment_method
         FROM payments
         WHERE payments.payment_id = wanted.payment_id
         FOR NO KEY UPDATE
     ) p
     CROSS JOIN LATERAL (
-        SELECT refund_id, amount, status
+        SELECT refund_id, amount, status, created_at
         FROM refunds
         WHERE refunds.refund_id = %(refund_id)s::bigint
         FOR NO KEY UPDATE
@@ -39,5 +41,15 @@ audited AS (
     SELECT l.payment_id, 'REFUND', l.amount, 'PROCESSING', %(description)s::text, %(at)s::timestamptz
     FROM locked l
     JOIN reserved USING (payment_id)
+),
+recovered AS (
+    INSERT INTO recoveries AS r (payment_id, attempt, refund_id, amount, currency, payment_method, begun_at)
+    SELECT l.payment_id, l.attempt, l.refund_id, l.amount, l.currency, l.payment_method, l.created_at
+    FROM locked l
+    JOIN reserved USING (payment_id)
+    ON CONFLICT ON CONSTRAINT idx_recoveries_refund_id DO UPDATE SET
+        state = 'OPEN',
+        next_look_at = CASE WHEN r.lease_id IS NULL THEN now() ELSE r.next_look_at END,
+        ended_at = NULL
 )
-SELECT refund_id FROM locked
+SELECT l.refund_id, l.payment_id, l.order_id FROM locked l JOIN reserved USING (payment_id)

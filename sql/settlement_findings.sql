@@ -1,6 +1,7 @@
 -- What each line, and each operation of ours that has none, is found to be, until the end of the transaction.
 --
--- books is whether the line is the one of the operation that our books hold: the others are over and above it.
+-- operation_key names the operation of ours whose money the line is; it is NULL where a line is over and above our
+-- books. booked_at is when our books say that it happened.
 CREATE TEMPORARY TABLE settlement_findings (
     class text NOT NULL,
     operation text NOT NULL,
@@ -8,6 +9,7 @@ CREATE TEMPORARY TABLE settlement_findings (
     payment_id bigint,
     order_id bigint,
     refund_id bigint,
+    recovery_id bigint,
     transaction_id text NOT NULL,
     gateway_reference text,
     our_reference text,
@@ -17,7 +19,8 @@ CREATE TEMPORARY TABLE settlement_findings (
     our_currency text,
     gateway_status text,
     our_status text,
-    our_money boolean NOT NULL,
+    operation_key text,
+    booked_at timestamptz,
     at timestamptz NOT NULL,
     detail text NOT NULL
 ) ON COMMIT DROP

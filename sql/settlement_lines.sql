@@ -1,4 +1,4 @@
--- The lines of a settlement file, until the end of the transaction.
+-- The lines of a settlement file, until the end of the transaction. Our books hold the first 50 characters of a reference.
 CREATE TEMPORARY TABLE settlement_lines (
     line bigint NOT NULL,
     gateway_reference text NOT NULL,
@@ -8,5 +8,6 @@ CREATE TEMPORARY TABLE settlement_lines (
     currency text NOT NULL,
     fee numeric,
     status text NOT NULL,
-    settled_at timestamptz NOT NULL
+    settled_at timestamptz NOT NULL,
+    reference text GENERATED ALWAYS AS (left(gateway_reference, 50)) STORED
 ) ON COMMIT DROP

@@ -1,18 +1,24 @@
 -- What each class comes to, by currency: the gateway's money by its currency, ours by ours.
-WITH side AS (
-    SELECT f.class, s.currency, s.counts, s.gateway, s.ours
-    FROM settlement_findings f
-    CROSS JOIN LATERAL (VALUES (CASE WHEN f.operation = 'refund' THEN -1 ELSE 1 END)) AS sign (factor)
+WITH alike AS (
+    SELECT class, operation, gateway_currency, our_currency, gateway_status IS NOT DISTINCT FROM 'settled' AS settled,
+           operation_key IS NOT NULL AS ours, count(*) AS count, sum(gateway_amount) AS gateway_amount,
+           sum(our_amount) AS our_amount
+    FROM settlement_findings
+    GROUP BY class, operation, gateway_currency, our_currency, settled, ours
+),
+side AS (
+    SELECT a.class, s.currency, s.count, sign.factor * s.gateway AS gateway, sign.factor * s.ours AS ours
+    FROM alike a
+    CROSS JOIN LATERAL (VALUES (CASE WHEN a.operation = 'refund' THEN -1 ELSE 1 END)) AS sign (factor)
     CROSS JOIN LATERAL (VALUES
-        (coalesce(f.gateway_currency, f.our_currency), 1,
-         CASE WHEN f.gateway_status = 'settled' THEN sign.factor * f.gateway_amount ELSE 0 END,
-         CASE WHEN f.our_money AND f.our_currency = coalesce(f.gateway_currency, f.our_currency)
-              THEN sign.factor * f.our_amount ELSE 0 END),
-        (CASE WHEN f.our_money AND f.our_currency <> f.gateway_currency THEN f.our_currency END, 0,
-         0, sign.factor * f.our_amount)
-    ) AS s (currency, counts, gateway, ours)
+        (coalesce(a.gateway_currency, a.our_currency), a.count,
+         CASE WHEN a.settled THEN a.gateway_amount ELSE 0 END,
+         CASE WHEN a.ours AND a.our_currency = coalesce(a.gateway_currency, a.our_currency)
+              THEN a.our_amount ELSE 0 END),
+        (CASE WHEN a.ours AND a.our_currency <> a.gateway_currency THEN a.our_currency END, 0, 0, a.our_amount)
+    ) AS s (currency, count, gateway, ours)
     WHERE s.currency IS NOT NULL
 )
-SELECT class, currency, sum(counts)::bigint AS count, sum(gateway) AS gateway_net, sum(ours) AS our_net
+SELECT class, currency, sum(count)::bigint AS count, sum(gateway) AS gateway_net, sum(ours) AS our_net
 FROM side
 GROUP BY class, currency

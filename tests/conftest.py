@@ -24,6 +24,7 @@ from eci_pay.relay import Relay, connected_relay
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
 from server.app import build_app
+from tests import contract
 from tests.door import Door
 from tests.ledger import Ledger
 from tests.peers import Peers
@@ -137,6 +138,9 @@ def settings(database_url: str) -> Settings:
             "eci_pay_simulated_slow_seconds": 0.05,
             "eci_pay_settle_retry_seconds": 2.0,
             "eci_pay_database_pool_timeout_seconds": 20.0,
+            # However busy the machine is: the tests of these limits set their own.
+            "eci_pay_group_commit_wait_seconds": 30.0,
+            "eci_pay_gateway_wait_seconds": 30.0,
         }
     )
 
@@ -192,7 +196,7 @@ async def far(door: Door, opened: Opener) -> AsyncIterator[PaymentService]:
 
 @pytest.fixture
 async def api(settings: Settings, service: PaymentService) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a real server on loopback, over the test's `service`."""
+    """A client of a real server on loopback, over the test's `service`. Each answer is held against the document."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[PaymentService]:
@@ -209,7 +213,8 @@ async def api(settings: Settings, service: PaymentService) -> AsyncIterator[http
             await asyncio.sleep(0.01)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     limits = httpx.Limits(max_connections=250)
-    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60) as client:
+    hooks = {"response": [contract.check]}
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60, event_hooks=hooks) as client:
         yield client
     server.should_exit = True
     await running

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tests.settlements import csv_text, line, true_lines
 from tests.support import Books, CommandLine, ManualClock, charge_request
 from tests.test_cli import assert_no_traceback, at_terminal, elsewhere
 
-CLEAN, DIFFERENCES, INVALID, UNAVAILABLE = 0, 1, 2, 5
+CLEAN, DIFFERENCES, INVALID, NOT_FOUND, UNAVAILABLE = 0, 1, 2, 4, 5
+NOT_OVER = "warning: the period is not over: reconcile its whole file when it is\n"
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,7 @@ async def test_a_file_is_compared_and_every_difference_explained(
     file = tmp_path / "settlement.csv"
     file.write_text(csv_text(lines))
     result = await command_line.run("reconcile", "settlement.csv")
-    assert (result.exit_code, result.stderr) == (CLEAN, "")
+    assert (result.exit_code, result.stderr) == (CLEAN, NOT_OVER)
     lines[0]["amount"] = "120.00"
     lines.append(line("TXNUNKNOWN", "=HYPERLINK()", settled_at=lines[0]["settled_at"]))
     file.write_text(csv_text(lines))
@@ -68,7 +70,7 @@ async def test_json_is_complete_and_standard_input_is_a_file_like_any_other(
     lines = await true_lines(books)
     lines[0]["currency"] = "USD"
     result = await command_line.run("reconcile", "-", "--json", stdin=csv_text(lines))
-    assert (result.exit_code, result.stderr) == (DIFFERENCES, "")
+    assert (result.exit_code, result.stderr) == (DIFFERENCES, NOT_OVER)
     document = result.json
     assert (document["clean"], document["difference_count"], document["fault_count"]) == (False, 1, 0)
     assert [(s["class"], s["currency"], s["count"], s["gateway_net"], s["our_net"]) for s in document["sums"]] == [
@@ -134,15 +136,40 @@ async def test_a_bad_file_is_refused_with_its_place_and_nothing_is_written(
         (["--report", "missing/folder.html"], "missing/folder.html: cannot be written"),
         (["--format", "xlsx"], "xlsx"),
         (["history", "--limit", "0"], "--limit"),
+        (["settlement.csv", "--csv", "settlement.csv"], "settlement.csv: is the settlement file itself"),
+        (["close", "many"], "payment_id: must be a whole number"),
     ],
 )
 async def test_wrong_usage_is_refused(
-    service: PaymentService, command_line: CommandLine, arguments: list[str], complaint: str
+    command_line: CommandLine, tmp_path: Path, arguments: list[str], complaint: str
 ) -> None:
+    (tmp_path / "settlement.csv").write_text(csv_text([]))
     result = await command_line.run("reconcile", *arguments)
     assert (result.exit_code, result.stdout) == (INVALID, "")
     assert complaint in result.stderr
     assert_no_traceback(result)
+
+
+async def test_what_was_left_open_is_closed_by_hand(
+    service: PaymentService, books: Books, command_line: CommandLine, tmp_path: Path
+) -> None:
+    [payment_id] = await paid(service, 1)
+    (tmp_path / "settlement.csv").write_text(csv_text([{**(await true_lines(books))[0], "status": "pending"}]))
+    assert (await command_line.run("reconcile", "settlement.csv")).exit_code == CLEAN
+    closed = await command_line.run("reconcile", "close", str(payment_id))
+    assert (closed.exit_code, closed.stderr) == (0, f"closed 1 open operation of payment {payment_id}\n")
+    again = await command_line.run("reconcile", "close", str(payment_id))
+    assert (again.exit_code, again.stdout) == (NOT_FOUND, "")
+
+
+async def test_a_file_whose_name_is_no_text_is_read_all_the_same(
+    command_line: CommandLine, tmp_path: Path, books: Books
+) -> None:
+    name = os.fsdecode(b"\xff.csv")
+    (tmp_path / name).write_text(csv_text([]))
+    result = await command_line.run("reconcile", name, "--from", "2026-11-01", "--to", "2026-11-02")
+    assert result.exit_code == CLEAN
+    assert await books.value("SELECT file_name FROM reconciliation_runs") == "\N{REPLACEMENT CHARACTER}.csv"
 
 
 async def test_a_database_that_is_away_is_unavailable(command_line: CommandLine) -> None:

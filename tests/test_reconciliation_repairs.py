@@ -7,7 +7,7 @@ import pytest
 
 from eci_pay.differences import Report
 from eci_pay.gateways import Declined, Unknown
-from eci_pay.repairs import BookRefund, Repair, Repaired, SendAgain, SettleOutcome
+from eci_pay.repairs import BookRefund, Repair, Repaired
 from eci_pay.service import PaymentService
 from tests.ledger import Ledger
 from tests.peers import Peers
@@ -256,7 +256,7 @@ async def test_money_that_was_taken_for_a_failed_payment_is_never_moved_by_a_rep
 async def test_dead_messages_are_sent_again_but_for_those_that_were_overtaken(
     telling: PaymentService, books: Books, peers: Peers, gateway: RecordingGateway
 ) -> None:
-    first, second = await paid(telling, 1, 2)
+    first, _ = await paid(telling, 1, 2)
     await telling.refunds.refund(payment_id=first, request=refund_request("10.00"))
     await books.rows("UPDATE outbox SET dead_at = now(), last_error = '410' WHERE event = 'payment.completed'")
     await books.rows("UPDATE outbox SET delivered_at = now() WHERE event = 'refund.completed'")
@@ -270,8 +270,6 @@ async def test_dead_messages_are_sent_again_but_for_those_that_were_overtaken(
     assert {(each.repair.findings, each.findings, bool(each.left)) for each in made} == {(2, 2, False), (2, 1, True)}
     dead = await books.rows("SELECT payment_id, destination FROM outbox WHERE dead_at IS NOT NULL")
     assert dead == [{"payment_id": first, "destination": "notification"}]
-    assert second != first
-    assert all(isinstance(repair, SendAgain) for repair in repairs)
 
 
 async def test_messages_that_wait_for_long_are_found(telling: PaymentService, clock: ManualClock, books: Books) -> None:
@@ -320,4 +318,3 @@ async def test_a_repair_that_fails_does_not_keep_the_others_from_being_made(
     )
     made = await repaired(recovering, report, repairs)
     assert [(each.findings, each.left) for each in made] == [(0, "it could not be booked"), (1, "")]
-    assert all(isinstance(repair, SettleOutcome) for repair in repairs)

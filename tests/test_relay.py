@@ -752,6 +752,7 @@ async def test_a_peer_that_is_down_is_left_in_peace_until_it_is_back(
     peers.behaviour[ORDER] = always(Reply(503))
     await paid(telling, *range(1, 101))
     await lived(telling, *range(101, 161))
+    caplog.clear()
     async with relays(**PATIENT) as relay, delivering(relay):
         await until_told(caplog, TAKEN_FOR_DOWN)
         await until_all(books, "delivered", INVENTORY, NOTIFICATION)

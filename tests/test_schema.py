@@ -24,6 +24,7 @@ TABLES = (
     "recoveries",
     "reconciliation_runs",
     "settlements_awaited",
+    "settlement_lines_pending",
     "bulk_runs",
     "totals",
     "total_changes",

@@ -99,6 +99,7 @@ def test_a_database_url_that_is_none_is_refused_without_repeating_it(monkeypatch
     ("name", "value"),
     [
         ("LOG_LEVEL", "LOUD"),
+        ("ECI_PAY_LOG_FORMAT", "xml"),
         ("ECI_PAY_GATEWAY", "none"),
         ("ECI_PAY_DATABASE_POOL_SIZE", "0"),
         ("ECI_PAY_DATABASE_POOL_SIZE", "201"),

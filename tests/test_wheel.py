@@ -74,7 +74,7 @@ async def test_the_wheel_serves_a_charge_from_outside_the_checkout(
     where = await run(
         "python",
         "-c",
-        "import eci_pay, cli, server; print(eci_pay.__file__)",
+        "import eci_pay, cli, server.docs; server.docs.html(); print(eci_pay.__file__)",
         environment=environment,
         directory=tmp_path,
     )

@@ -23,21 +23,52 @@ COMMENT ON COLUMN reconciliation_runs.counts IS 'lines and operations by class a
 
 CREATE TABLE settlements_awaited (
     awaited_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    operation_key varchar(30) NOT NULL
+        CONSTRAINT idx_settlements_awaited_key UNIQUE,
     payment_id bigint NOT NULL REFERENCES payments,
-    refund_id bigint REFERENCES refunds
-        CONSTRAINT idx_settlements_awaited_refund UNIQUE,
+    refund_id bigint REFERENCES refunds,
+    recovery_id bigint REFERENCES recoveries,
     booked_at timestamptz NOT NULL,
     run_id bigint NOT NULL REFERENCES reconciliation_runs,
-    ended_run_id bigint REFERENCES reconciliation_runs
+    settled_run_id bigint REFERENCES reconciliation_runs,
+    closed_at timestamptz,
+    closed_by varchar(100)
 );
 
-CREATE UNIQUE INDEX idx_settlements_awaited_charge ON settlements_awaited (payment_id) WHERE refund_id IS NULL;
-CREATE INDEX idx_settlements_awaited_open ON settlements_awaited (booked_at) WHERE ended_run_id IS NULL;
+CREATE INDEX idx_settlements_awaited_payment_id ON settlements_awaited (payment_id);
+CREATE INDEX idx_settlements_awaited_open ON settlements_awaited (booked_at)
+    WHERE settled_run_id IS NULL AND closed_at IS NULL;
 
 COMMENT ON TABLE settlements_awaited IS
-    'booked so shortly before the end of a reconciled period that the gateway may settle it in the next one';
-COMMENT ON COLUMN settlements_awaited.ended_run_id IS 'the run that found it settled, or missing for good';
+    'operations of ours that another file settles than the one of their day: still awaited, or seen there';
+COMMENT ON COLUMN settlements_awaited.operation_key IS
+    'P and a payment, R and a refund, L and the recovery of money that came late and was returned';
+COMMENT ON COLUMN settlements_awaited.booked_at IS 'when our books say that it happened';
+COMMENT ON COLUMN settlements_awaited.run_id IS 'the run that has noted it';
+COMMENT ON COLUMN settlements_awaited.settled_run_id IS 'the run in whose file it was';
+
+CREATE TABLE settlement_lines_pending (
+    line_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    run_id bigint NOT NULL REFERENCES reconciliation_runs,
+    operation varchar(10) NOT NULL,
+    transaction_id varchar(50) NOT NULL,
+    gateway_reference varchar(100) NOT NULL,
+    amount numeric NOT NULL,
+    currency varchar(3) NOT NULL,
+    status varchar(10) NOT NULL,
+    settled_at timestamptz NOT NULL,
+    ended_run_id bigint REFERENCES reconciliation_runs,
+    closed_at timestamptz,
+    closed_by varchar(100),
+    CONSTRAINT idx_settlement_lines_pending UNIQUE (transaction_id, operation, gateway_reference, status)
+);
+
+COMMENT ON TABLE settlement_lines_pending IS 'lines of a file that were within their time limit: later runs judge them anew';
+COMMENT ON COLUMN settlement_lines_pending.ended_run_id IS 'the run that found it to be what our books say';
 
 ALTER TABLE recoveries ADD COLUMN returned_reference varchar(100);
 
 COMMENT ON COLUMN recoveries.returned_reference IS 'what the gateway calls the return of money that came too late';
+
+UPDATE recoveries SET returned_reference = substring(last_result FROM 'taken late, given back: (.*)')
+WHERE last_result LIKE 'taken late, given back: %';

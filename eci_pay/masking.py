@@ -1,0 +1,174 @@
+"""Masks secrets and personal data in what is logged: card numbers, credentials, e-mail addresses and phone numbers.
+
+Whatever cannot be told from a number of ours by its looks, such as ten digits that may be an order or a telephone, is
+masked only under a name that says what it is.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+MASK = "***"
+CARD_DIGITS_MIN, CARD_DIGITS_MAX = 13, 19
+_LONG_NUMBER = 10 ** (CARD_DIGITS_MIN - 1)
+
+_NAMES_OF_SECRETS = (
+    "password|passwd|passphrase|pwd|secret|token|authorization|credential|cookie|signature"
+    "|api[-_ ]?key|access[-_ ]?key|private[-_ ]?key|cvv2?|cvc2?|cvn|security[-_ ]?code"
+    "|card[-_ ]?(?:number|no)|e?[-_ ]?mail|phone|mobile|msisdn|telephone"
+)
+_SECRET_NAME = re.compile(f"{_NAMES_OF_SECRETS}|^(?:card|pan|tel|pin)$", re.IGNORECASE)
+_PUBLIC_NAMES = {"authorization_code"}
+"""The gateway's reference of a payment."""
+
+_SUSPICIOUS = re.compile(
+    "pass|pwd|secret|whsec_|token|tok_|pm_|auth|bearer|basic|credential|cookie|signature|key|k_live|k_test|cvv|cvc|cvn"
+    "|security|card|pan|pin|tel|[@+]|mail|phone|mobile|msisdn|eyj"
+    r"|[0-9](?:[ -]?[0-9]){12}|[0-9]{3}\)? ?-?[0-9]{3}[ -][0-9]{4}|[0-9]{5}[ -][0-9]{5}"
+)
+"""Finds something in whatever the patterns below do, in lower case."""
+PLAIN_LENGTH_MAX = 200
+"""Longer texts are not remembered to be plain."""
+_HEX_ID = re.compile("[0-9a-f]{32}")
+
+_QUOTED = r"""\\*"(?:[^"\\]|\\[^"]|\\"(?!\s*[,:}\])]))*(?:\\*"|$)|'(?:[^'\\]|\\.)*(?:'|$)"""
+_NAMED = re.compile(
+    rf"""(?P<name>\b(?!authorization_code)[\w.-]{{0,40}}?(?:{_NAMES_OF_SECRETS})[\w-]*|\b(?:pan|pin|tel)\b)"""
+    rf"""(?P<between>\\*["']?\s*\)?\s*(?:=>|[=:]|(?<=["']),)\s*(?:b(?=["']))?)"""
+    rf"""(?P<value>(?:{_QUOTED})[^\s,;}})\]"']*|(?:(?:bearer|basic)\s+)?\S+)""",
+    re.IGNORECASE,
+)
+_CVV = re.compile(r"\b(cvv2?|cvc2?|cvn|security code)\b(\W{0,3}(?:is |was )?\W{0,3})[0-9]{3,4}\b", re.IGNORECASE)
+_SCHEME = re.compile(r"\b(bearer|basic)(\s+)[^\s\"',;]+", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:(?:sk|rk|pk)_(?:live|test)_\w+|whsec_[\w+/=-]+|(?:pm|tok)_\w+|\b\w{1,100}?_secret_\w+"
+    r"|eyJ[\w-]+\.[\w-]+\.[\w-]*)"
+)
+_URL_PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):\S{0,2000}@")
+_EMAIL = re.compile(r"(?<!//)(?<![\w.+%'-])[\w.+%'-]+@(?:[\w-]+\.)*[\w-]+")
+_PHONE = re.compile(
+    r"(?<![\w+])\+[1-9][0-9]{0,3}(?:[ ().-]{0,2}[0-9]){6,13}(?![0-9])"
+    r"|(?<![\w.+-])(?:\([0-9]{3}\) ?|[0-9]{3}[ -])[0-9]{3}[ -][0-9]{4}(?![\w-])"
+    r"|(?<![\w.+-])0?[6-9][0-9]{4}[ -][0-9]{5}(?![\w-])"
+)
+_NUMBER = re.compile(
+    # First what holds long numbers and is none: our ids, the gateway's, UUIDs, hashes, instants, ids by their name.
+    r"(?P<known>\b(?:TXN|REF|AUTH)[0-9A-Z]{6,}\b|\b(?:pi|ch|re|evt|req|py|txn)_\w+"
+    r"|\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b(?=[0-9]*[a-f])[0-9a-f]{16,}\b"
+    r"|\b(?:19|20)[0-9]{2}-[01][0-9]-[0-3][0-9]\b(?:[ T][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?)?"
+    r"|_id\\*[\"']?\)?\s*[=:]\s*\(?[\"']?[0-9]+(?![ -]?[0-9]))"
+    r"|(?<![0-9])[0-9](?:[ -]?[0-9]){12,}"
+)
+_GROUP = re.compile(r"[0-9]+")
+
+
+def is_plain(event: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to mask, for sure. Nearly every line is, and its texts are the same again and again."""
+    for name, value in event.items():
+        kind = type(value)
+        if kind is str:
+            if len(value) > PLAIN_LENGTH_MAX or not _is_plain(value):
+                return False
+        elif kind is int:
+            if value >= _LONG_NUMBER and not name.endswith("_id"):
+                return False
+        elif kind is not float and value is not None:
+            return False
+    return _are_plain_names(tuple(event))
+
+
+@lru_cache(4096)
+def _is_plain(text: str) -> bool:
+    return _HEX_ID.fullmatch(text) is not None or _SUSPICIOUS.search(text.lower()) is None
+
+
+@lru_cache(256)
+def _are_plain_names(names: tuple[str, ...]) -> bool:
+    return not any(_is_secret(name) for name in names)
+
+
+def _is_secret(name: str) -> bool:
+    return name not in _PUBLIC_NAMES and _SECRET_NAME.search(name) is not None
+
+
+def masked_line(line: str, known: Iterable[int] = ()) -> str:
+    """A JSON object in which everything is masked that must not be read; `known` are numbers that are ids of ours."""
+    return json.dumps(masked(json.loads(line), frozenset(map(str, known))), separators=(",", ":"))
+
+
+def masked(value: Any, known: Collection[str] = (), name: str = "") -> Any:  # noqa: PLR0911 - one for each kind
+    """A JSON value without what must not be read."""
+    match value:
+        case None | bool():
+            return value
+        case _ if _is_secret(name):
+            return MASK
+        case dict():
+            return {masked_text(key, known): masked(inner, known, key) for key, inner in value.items()}
+        case list():
+            if len(value) == 2 and isinstance(value[0], str):  # noqa: PLR2004 - a header, for instance
+                return [masked(value[0], known), masked(value[1], known, value[0])]
+            return [masked(inner, known, name) for inner in value]
+        case str():
+            return masked_text(value, known)
+        case int() if not name.endswith(("_id", "_ids")):
+            text = str(value)
+            return value if masked_text(text, known) == text else MASK
+        case _:
+            return value
+
+
+def masked_text(text: str, known: Collection[str] = ()) -> str:
+    """A text without what must not be read."""
+    text = _URL_PASSWORD.sub(rf"\1:{MASK}@", text)
+    text = _NAMED.sub(_value_masked, text)
+    text = _CVV.sub(rf"\1\g<2>{MASK}", text)
+    text = _SCHEME.sub(rf"\1\g<2>{MASK}", text)
+    text = _TOKEN.sub(MASK, text)
+    text = _EMAIL.sub(MASK, text)
+    text = _PHONE.sub(MASK, text)
+    return _NUMBER.sub(_cards_masked(known), text)
+
+
+def _value_masked(found: re.Match[str]) -> str:
+    return f"{found['name']}{found['between']}{MASK}"
+
+
+def _cards_masked(known: Collection[str]) -> Callable[[re.Match[str]], str]:
+    """Masks each card number in a row of digits and separators, in which other numbers may stand beside it."""
+
+    def replace(found: re.Match[str]) -> str:
+        text = found[0]
+        if found["known"] or text in known:
+            return text
+        groups = list(_GROUP.finditer(text))
+        told, at, first = [], 0, 0
+        while first < len(groups):
+            last = _last_of_card(groups, first, known)
+            if last is not None:
+                told += [text[at : groups[first].start()], MASK]
+                at = groups[last].end()
+            first = 1 + (first if last is None else last)
+        return "".join(told) + text[at:]
+
+    return replace
+
+
+def _last_of_card(groups: list[re.Match[str]], first: int, known: Collection[str]) -> int | None:
+    """The last of the groups of digits that make a card number from the first one on."""
+    digits = ""
+    for number, group in enumerate(groups[first : first + CARD_DIGITS_MAX], first):
+        digits += group[0]
+        if len(digits) > CARD_DIGITS_MAX:
+            break
+        if len(digits) >= CARD_DIGITS_MIN and digits not in known and _is_luhn_valid(digits):
+            return number
+    return None
+
+
+def _is_luhn_valid(digits: str) -> bool:
+    """By the check digit that ends a card number (ISO/IEC 7812-1)."""
+    doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
+    return (doubled + sum(map(int, digits[-1::-2]))) % 10 == 0

@@ -1,0 +1,254 @@
+"""Masking: no form of logging shows a secret, and none hides a number of ours."""
+
+import json
+import logging
+import re
+import string
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ulid import ULID
+
+from eci_pay import identifiers
+from eci_pay.context import begin_subject
+from eci_pay.logs import LogFormat
+from eci_pay.masking import MASK, is_plain, masked, masked_text
+from tests.log_lines import logged
+
+FORMATS: tuple[LogFormat, ...] = ("json", "console")
+WORD = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A text, and the part of it that must not be read."""
+
+    text: str
+    hidden: str
+
+
+@dataclass
+class Holder:
+    """What somebody else's class may look like."""
+
+    note: str
+
+
+def _checked(digits: str) -> str:
+    """With the check digit that makes it a card number."""
+    doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[::-2])
+    return digits + str(-(doubled + sum(map(int, digits[-2::-2]))) % 10)
+
+
+def _word(least: int = 8) -> st.SearchStrategy[str]:
+    # Nothing that stands in a line by itself begins like this.
+    return st.text(WORD, min_size=least, max_size=30).map(lambda text: f"Zq9{text}")
+
+
+@st.composite
+def cards(draw: st.DrawFn) -> Secret:
+    """A card number in groups, perhaps beside another number."""
+    digits = _checked(draw(st.text(string.digits, min_size=12, max_size=18).filter(lambda text: text.strip("0"))))
+    separator, size = draw(st.sampled_from(["", " ", "-"])), draw(st.integers(3, 6))
+    shown = separator.join(digits[at : at + size] for at in range(0, len(digits), size))
+    return Secret(
+        draw(st.sampled_from(["{}", "card {}", "12 {}", "pan={}", "PAN{}.", "{} 07/29", "\n{}"])).format(shown), digits
+    )
+
+
+def _within(template: str, word: st.SearchStrategy[str]) -> st.SearchStrategy[Secret]:
+    return word.map(lambda hidden: Secret(template.replace("{}", hidden), hidden))
+
+
+TOKENS = [
+    *(
+        "sk_live_{}",
+        "rk_live_{}",
+        "sk_test_{}",
+        "whsec_{}",
+        "pm_{}",
+        "tok_{}",
+        "pi_1_secret_{}",
+        "Bearer {}",
+        "basic {}",
+    ),
+    *("Authorization: Bearer {}", "{'Authorization': 'Basic {}'}", "[(b'authorization', b'Bearer {}')]"),
+    *("password={}", "host=db password='{} {}' user=a", '{"payment_token": "{}"}', '"{\\"password\\": \\"{}\\"}"'),
+    *("api_key: {}", "X-Api-Key={}", "apiKey => {}", "secret='{}", "https://ada:{}@example.org/a", "eyJ{}.eyJ{}.{}"),
+    *("postgresql://ada:{}@db.example:5432/books", "postgresql://ada:{}/@{}@db/books", "client_secret={}&a=1"),
+]
+EMAILS = ["{}@example.com", "write to <{}@pay.example.co.in>", "user={}@localhost"]
+CVVS = ["cvv {}", "CVV: {}", "cvc={}", "security code is {}", "'cvv2': '{}'"]
+PHONES = [
+    "+91 98765 {}",
+    "+1 (415) 555-{}",
+    "+44{}123456",
+    "phone: 98765{}",
+    "mobile=98765{}",
+    "(415) 555-{}",
+    "98765 0{}",
+]
+
+secrets = st.one_of(
+    cards(),
+    *(_within(template, _word()) for template in TOKENS),
+    *(_within(template, _word()) for template in EMAILS),
+)
+few_digits = st.one_of(
+    *(_within(template, st.integers(100, 999).map(str)) for template in CVVS),
+    *(_within(template, st.integers(6000, 9999).map(str)) for template in PHONES),
+)
+
+
+def _raise(text: str, *, chained: bool) -> None:
+    log = logging.getLogger("some")
+    try:
+        try:
+            raise ValueError(text)  # noqa: TRY301
+        except ValueError as error:
+            if not chained:
+                raise
+            raise RuntimeError("went wrong") from error
+    except (ValueError, RuntimeError):
+        log.exception("failed")
+
+
+FORMS: dict[str, Callable[[str], object]] = {
+    "message": lambda text: logging.getLogger("some").info(text),
+    "argument": lambda text: logging.getLogger("some").info("told: %s, twice: %r", text, text),
+    "arguments that do not fit": lambda text: logging.getLogger("some").info("%d", text),
+    "named argument": lambda text: logging.getLogger("some").info("%(a)s", {"a": text}),
+    "extra": lambda text: logging.getLogger("some").info("event", extra={"told": text}),
+    "nested": lambda text: logging.getLogger("some").info("event", extra={"told": {"a": [{"b": (text, {text: 1})}]}}),
+    "object": lambda text: logging.getLogger("some").info("event", extra={"told": [Holder(text), ValueError(text)]}),
+    "bytes": lambda text: logging.getLogger("some").info("event %s", text.encode(), extra={"told": text.encode()}),
+    "exception": lambda text: _raise(text, chained=False),
+    "chained exception": lambda text: _raise(text, chained=True),
+    "exception of its own": lambda text: logging.getLogger("some").error("failed", exc_info=ValueError(text)),
+    "uvicorn": lambda text: logging.getLogger("uvicorn.error").info("Started: %s", text, extra={"color_message": text}),
+    "uvicorn's access": lambda text: logging.getLogger("uvicorn.access").info('%s - "%s %s"', "127.0.0.1", "GET", text),
+    "warning": lambda text: warnings.warn(text, stacklevel=1),
+}
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(secret=secrets)
+def test_no_form_of_logging_shows_a_secret(form: str, log_format: LogFormat, secret: Secret) -> None:
+    with logged(log_format) as lines:
+        FORMS[form](secret.text)
+    shown = "".join(lines())
+    assert MASK in shown
+    assert secret.hidden not in re.sub("[ -]", "", shown)
+
+
+@settings(max_examples=200, deadline=None)
+@given(secret=st.one_of(secrets, few_digits), before=st.sampled_from(["", "so: ", "x\n"]))
+def test_what_is_masked_is_never_taken_for_plain(secret: Secret, before: str) -> None:
+    text = before + secret.text
+    assert secret.hidden not in re.sub("[ -]", "", masked_text(text))
+    assert not is_plain({"event": text})
+
+
+NAMES = [
+    *("password", "DB_PASSWORD", "payment_token", "paymentToken", "api_key", "apiKey", "X-API-Key", "authorization"),
+    *("cvv", "CVC", "card_number", "cardNumber", "card", "pan", "pin", "email", "customer_email", "phone", "mobile_no"),
+    *("client_secret", "set-cookie", "stripe-signature", "security_code"),
+]
+
+
+@pytest.mark.parametrize("log_format", FORMATS)
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from(NAMES), secret=st.one_of(st.integers(10**6, 10**18), _word()), within=st.integers(0, 3))
+def test_what_a_sensitive_name_holds_is_masked(
+    log_format: LogFormat, name: str, secret: int | str, within: int
+) -> None:
+    places: list[dict[str, object]] = [
+        {name: secret},
+        {"a": {name: secret}},
+        {"a": [[name, secret]]},
+        {"a": [{name: [{"b": secret}]}]},
+    ]
+    with logged(log_format) as lines:
+        logging.getLogger("some").info("event", extra=places[within])
+    assert str(secret) not in "".join(lines())
+
+
+numbers = st.integers(1, 2**63 - 1)
+cards_as_numbers = cards().map(lambda secret: int(secret.hidden))
+instants = st.datetimes(datetime(2020, 1, 1), datetime(2035, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    payment_id=st.one_of(numbers, cards_as_numbers.filter(lambda number: number < 2**63)),
+    order_id=st.one_of(numbers, cards_as_numbers.filter(lambda number: number < 2**63)),
+    at=instants,
+    amount=st.decimals(0, 100_000, places=2),
+    request_id=st.uuids(),
+    address=st.ip_addresses(),
+    authorization=st.text(string.ascii_uppercase + string.digits, min_size=12, max_size=12),
+)
+def test_what_is_ours_is_never_masked(
+    *,
+    payment_id: int,
+    order_id: int,
+    at: datetime,
+    amount: Decimal,
+    request_id: uuid.UUID,
+    address: object,
+    authorization: str,
+) -> None:
+    told = {
+        "transaction_id": identifiers.transaction_id(at),
+        "gateway_key": f"{identifiers.transaction_id(at)}-R12",
+        "reference": identifiers.reference(),
+        "authorization_code": f"AUTH{authorization}",
+        "amount": str(amount),
+        "at": at.isoformat(),
+        "day": f"{at:%Y-%m-%d} to {at:%Y-%m-%d %H:%M:%S.%f}",
+        "trace": f"00-{request_id.hex}-{request_id.hex[:16]}-01",
+        "request": str(request_id),
+        "address": f"{address}",
+        "refund_id": order_id,
+        "path": f"/v1/payments/order/{order_id}",
+        "error": f'duplicate key value violates unique constraint: Key (user_id)=({payment_id}) already exists "a b"',
+        "ids": f"payment {payment_id} of order {order_id} was recovered after 12 s: card_declined",
+    }
+    with logged("json") as lines:
+        begin_subject(payment_id=payment_id, order_id=order_id)
+        logging.getLogger("some").info("TXN%s", ULID(), extra=told)
+    (line,) = lines()
+    event = json.loads(line)
+    assert {name: event[name] for name in told} == told
+    assert (event["payment_id"], event["order_id"]) == (payment_id, order_id)
+    assert MASK not in line
+
+
+def test_a_number_that_is_a_card_is_masked_unless_it_is_named_as_an_id() -> None:
+    card = 4111111111111111
+    assert masked({"number": card, "order_id": card, "payment_ids": [card], "other": card + 1}) == {
+        "number": MASK,
+        "order_id": card,
+        "payment_ids": [card],
+        "other": card + 1,
+    }
+
+
+def test_a_card_between_other_numbers_is_the_only_one_masked() -> None:
+    assert masked_text("paid 2026-11-23 4111-1111-1111-1111, then 100 4000056655665556 200") == (
+        f"paid 2026-11-23 {MASK}, then 100 {MASK} 200"
+    )
+
+
+def test_a_long_line_is_masked_in_time() -> None:
+    for text in ("4111111111111111 " * 4000, "a-" * 30_000 + "@", "://:" * 15_000 + "@", '\\"' * 30_000 + "password="):
+        masked_text(text)
