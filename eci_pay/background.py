@@ -100,6 +100,7 @@ async def _add_up_until(stopped: asyncio.Event, service: PaymentService) -> None
     """Adds up the totals now and then, and at the end."""
     while True:
         ends = stopped.is_set()
+        service.measure()
         try:
             await service.totals.add_up()
         except Unavailable as error:

@@ -28,6 +28,7 @@ from eci_pay.gateways import (
     Outcome,
     Unknown,
 )
+from eci_pay.instruments import gateway_seconds
 from eci_pay.settings import Settings
 
 LOOKS_AT_ONCE_MAX = 8
@@ -39,6 +40,8 @@ OUT_OF_ORDER = "the gateway is out of order; nothing was sent"
 
 Answered = TypeVar("Answered", Outcome, Outcome | NotFound)
 Told = TypeVar("Told", Approved | Declined, Outcome, Outcome | NotFound)
+
+_OUTCOMES = {Approved: "approved", Declined: "declined", Unknown: "unknown", NotFound: "not_found"}
 
 _log = logging.getLogger(__name__)
 
@@ -130,24 +133,24 @@ class GatewayCalls:
 
     async def charge(self, charge: GatewayCharge, place: Place) -> Outcome:
         """Takes the money. Raises Unavailable where it is certain that nothing was sent."""
-        return await self._move(lambda: self._gateway.charge(charge), charge.key, place)
+        return await self._move("charge", lambda: self._gateway.charge(charge), charge.key, place)
 
     async def refund(self, refund: GatewayRefund, place: Place) -> Outcome:
         """Gives money back. Raises Unavailable where it is certain that nothing was sent."""
-        return await self._move(lambda: self._gateway.refund(refund), refund.key, place)
+        return await self._move("refund", lambda: self._gateway.refund(refund), refund.key, place)
 
     async def look_up(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
         """What the gateway says of an earlier operation; Unknown where it cannot be reached."""
-        return await self._unhurried(lambda: self._gateway.lookup(operation))
+        return await self._unhurried("lookup", lambda: self._gateway.lookup(operation))
 
     async def rule_out(self, operation: GatewayCharge | GatewayRefund) -> Outcome | NotFound:
         """Keeps the gateway from acting on a key that it has not heard of, where it can: NotFound says that it has not
         acted, and where it can be kept from it, never will. Unknown where it cannot be reached."""
-        return await self._unhurried(lambda: self._gateway.rule_out(operation))
+        return await self._unhurried("rule_out", lambda: self._gateway.rule_out(operation))
 
     async def give_back(self, refund: GatewayRefund) -> Outcome:
         """A refund of recovery's own; Unknown where it cannot be reached, for it is asked for again under its key."""
-        return await self._unhurried(lambda: self._gateway.refund(refund))
+        return await self._unhurried("refund", lambda: self._gateway.refund(refund))
 
     def read_event(self, body: bytes, signature: str | None) -> GatewayEvent | None:
         """What the gateway has sent to our address: None where that settles nothing; raises EventRefused."""
@@ -190,11 +193,11 @@ class GatewayCalls:
         if probe is not None and self._probe is probe:
             self._probe = None
 
-    async def _move(self, send: Callable[[], Awaitable[Outcome]], key: str, place: Place) -> Outcome:
+    async def _move(self, operation: str, send: Callable[[], Awaitable[Outcome]], key: str, place: Place) -> Outcome:
         if place.age > timedelta(seconds=self._limits.send_deadline_seconds):
             raise Unavailable("it took too long to reach the gateway; nothing was sent")
         try:
-            outcome = await self._answer(send)
+            outcome = await self._measured(operation, send)
         except GatewayUnavailable as error:
             self._failed(key, str(error))
             raise Unavailable(f"the gateway cannot be reached; nothing was sent: {error}") from error
@@ -214,12 +217,21 @@ class GatewayCalls:
         if self._breaker.fail(payment):
             _log.error("the gateway is out of order: requests are refused before they begin: %s", why)
 
-    async def _unhurried(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:
+    async def _unhurried(self, operation: str, ask: Callable[[], Awaitable[Answered]]) -> Answered:
         async with self._looks:
             try:
-                return await self._answer(ask)
+                return await self._measured(operation, ask)
             except GatewayUnavailable as error:
                 return Unknown(message=f"The gateway cannot be reached: {error}"[:MESSAGE_LENGTH_MAX])
+
+    async def _measured(self, operation: str, ask: Callable[[], Awaitable[Answered]]) -> Answered:
+        started, outcome = time.perf_counter(), "unavailable"
+        try:
+            answer = await self._answer(ask)
+            outcome = _OUTCOMES[type(answer)]
+        finally:
+            gateway_seconds.labels(operation, outcome).observe(time.perf_counter() - started)
+        return answer
 
     async def _answer(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:
         """Passes on GatewayUnavailable alone."""

@@ -6,13 +6,14 @@ is booked as failed, recovery puts that right.
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from eci_pay.charge_settling import ChargeSettling
 from eci_pay.database import Database
 from eci_pay.errors import EventRefused, PaymentNotFound, Unavailable
 from eci_pay.gateway_calls import GatewayCalls
 from eci_pay.gateways import Approved, GatewayEvent
+from eci_pay.instruments import refused_events
 from eci_pay.lifecycle import RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.refund_settling import RefundSettling
@@ -24,24 +25,23 @@ _KEY = re.compile(r"(?P<transaction_id>TXN[0-9A-Z]{26})-(?P<refund>R?)(?P<number
 _log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayEvents:
-    """`refused` counts what was not from the gateway since the process began."""
+    """What the gateway tells of its own accord."""
 
     database: Database
     gateway: GatewayCalls
     charges: ChargeSettling
     refunds: RefundSettling
     payments: Payments
-    refused: int = field(default=0, init=False)
 
     async def take(self, body: bytes, signature: str | None) -> None:
         """Books what an event tells. Raises EventRefused; Unavailable where the gateway should send it again."""
         try:
             event = self.gateway.read_event(body, signature)
         except EventRefused as error:
-            self.refused += 1
-            _log.warning("refused an event, %d so far: %s", self.refused, error)
+            refused_events.inc()
+            _log.warning("refused an event: %s", error)
             raise
         if event is not None and (key := _KEY.fullmatch(event.key)):
             await self._book(event, key["transaction_id"], int(key["number"]), of_refund=bool(key["refund"]))

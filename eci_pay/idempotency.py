@@ -19,6 +19,7 @@ from eci_pay.errors import (
     IdempotencyKeyMissing,
     IdempotencyKeyReused,
 )
+from eci_pay.instruments import replays
 from eci_pay.requests import ChargeRequest, Request
 
 KEY_LENGTH_MAX = 255
@@ -89,6 +90,7 @@ def recorded_answer(row: Row, claim: Claim) -> Answer | None:
         raise IdempotencyKeyReused("this Idempotency-Key was used with a different request: use a new key")
     if row["response_body"] is None:
         return None
+    replays.inc()
     return Answer(
         status_code=row["status_code"],
         body=row["response_body"],

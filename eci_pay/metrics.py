@@ -1,17 +1,23 @@
 """What is measured of this process and of the books, for Prometheus to scrape.
 
-A scrape reads what it tells at that moment: nothing is counted on the path of a request for its sake.
+The books' figures come from the database at that moment: they are the same whichever process is asked. Eight of them
+have the names that dashboards of the platform expect, which prometheus_client would not give them.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, UnknownMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from eci_pay.errors import Unavailable
+from eci_pay.instruments import REGISTRY
 from eci_pay.service import PaymentService
+from eci_pay.totals import BookTotals, CurrencyTotal
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -28,32 +34,69 @@ class _Measured:
 
 
 async def exposition(service: PaymentService) -> bytes:
-    """The metrics as text; while the database is away, those of this process alone."""
-    metrics: list[Metric] = [_refused_events(service)]
+    """The metrics as text; while the database is away, those of the processes alone."""
+    service.measure()
+    metrics: list[Metric] = []
     with suppress(Unavailable):
-        metrics += await _recovery(service)
-    return generate_latest(_Measured(metrics))
+        metrics = [*_books(await service.totals.read()), *await _recovery(service), *await _outbox(service)]
+    return _of_processes() + generate_latest(_Measured(metrics))
 
 
-def _refused_events(service: PaymentService) -> Metric:
-    return CounterMetricFamily(
-        "eci_pay_gateway_events_refused",
-        "Events that were not signed by the gateway, or too long ago, since the process began",
-        value=service.gateway_events.refused,
+def _of_processes() -> bytes:
+    """What this process has measured, or all workers of its server."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(REGISTRY)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def _books(totals: BookTotals) -> Iterator[Metric]:
+    yield CounterMetricFamily("payments_created", "Payments that were recorded", value=totals.payments)
+    yield CounterMetricFamily("payments_failed", "Attempts to pay that failed", value=totals.failed_attempts)
+    yield UnknownMetricFamily(
+        "total_amount_processed", "Sum of all completed payments, in major units", value=_sum(totals.completed)
     )
+    yield UnknownMetricFamily(
+        "total_refunds", "Sum of all completed refunds, in major units", value=_sum(totals.refunds)
+    )
+    refunds = sum(each.count for each in totals.refunds.values())
+    yield CounterMetricFamily("refunds_processed", "Completed refunds", value=refunds)
+    yield UnknownMetricFamily("payment_processing_errors", "Unexpected errors", value=totals.errors)
+    yield _labelled("payments_by_status", "Payments now in each status", "status", totals.by_status)
+    yield _labelled("payments_by_method", "Payments by method", "method", totals.by_method)
+    for name, text, each in (
+        ("completed", "Completed payments", totals.completed),
+        ("refunded", "Completed refunds", totals.refunds),
+    ):
+        family = CounterMetricFamily(
+            f"eci_pay_{name}_amount", f"{text} by currency, in major units", labels=["currency"]
+        )
+        for currency, total in sorted(each.items()):
+            family.add_metric([currency], float(total.amount))
+        yield family
+
+
+def _sum(totals: Mapping[str, CurrencyTotal]) -> float:
+    return float(sum(each.amount for each in totals.values()))
+
+
+def _labelled(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[label])
+    for value, count in values.items():
+        family.add_metric([str(value)], count)
+    return family
 
 
 async def _recovery(service: PaymentService) -> list[Metric]:
     summary = await service.recovery.summary()
-    unsettled = GaugeMetricFamily(
-        "eci_pay_recovery_unsettled",
-        "Charges and refunds whose outcome is to be found out or put right",
-        labels=["state"],
-    )
-    unsettled.add_metric(["open"], summary.open)
-    unsettled.add_metric(["late"], summary.late)
     return [
-        unsettled,
+        _labelled(
+            "eci_pay_recovery_unsettled",
+            "Charges and refunds whose outcome is to be found out or put right",
+            "state",
+            {"open": summary.open, "late": summary.late},
+        ),
         GaugeMetricFamily(
             "eci_pay_recovery_overdue", "Those of them that are older than the alert limit", value=summary.overdue
         ),
@@ -61,5 +104,29 @@ async def _recovery(service: PaymentService) -> list[Metric]:
             "eci_pay_recovery_oldest_seconds",
             "How long the oldest of them has been unknown",
             value=summary.oldest_seconds,
+        ),
+    ]
+
+
+async def _outbox(service: PaymentService) -> list[Metric]:
+    stats = {each.destination: each for each in await service.outbox.stats()}
+    return [
+        _labelled(
+            "eci_pay_outbox_pending_messages",
+            "Messages that are to be delivered, by service",
+            "peer",
+            {peer: each.pending for peer, each in stats.items()},
+        ),
+        _labelled(
+            "eci_pay_outbox_oldest_pending_seconds",
+            "How long the oldest of them has waited; 0 where there is none",
+            "peer",
+            {peer: each.oldest_pending_seconds or 0 for peer, each in stats.items()},
+        ),
+        _labelled(
+            "eci_pay_outbox_dead_messages",
+            "Messages that are given up, by service",
+            "peer",
+            {peer: each.dead for peer, each in stats.items()},
         ),
     ]

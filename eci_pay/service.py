@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eci_pay.book_checks import BookChecks
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
@@ -66,6 +66,7 @@ class PaymentService:
     totals: Totals
     gateway_events: GatewayEvents
     settlements: SettlementExport
+    groups: "_Groups"
     database: Database
     clock: Clock
 
@@ -75,6 +76,11 @@ class PaymentService:
         from eci_pay.bulk import Bulk
 
         return Bulk(database=self.database, charges=self.charges, refunds=self.refunds, clock=self.clock)
+
+    def measure(self) -> None:
+        """Notes what this process's instruments are told only now and then."""
+        self.database.measure()
+        self.groups.measure()
 
     async def check_ready(self) -> None:
         """Raises Unavailable where the database does not answer."""
@@ -120,8 +126,8 @@ async def payment_service(
 ) -> AsyncIterator[PaymentService]:
     """The service over the database at `url`; at its end, it waits for what has begun."""
     database = Database(url, settings)
-    aside = Aside(settings.eci_pay_database_pool_size)
-    payments = Payments(database, _group(settings, aside, partial(read_payments, database)))
+    groups = _Groups(settings)
+    payments = Payments(database, groups.new("read", partial(read_payments, database)))
     calls = GatewayCalls(gateway or configured_gateway(settings), Limits.of(settings), clock)
     phases = Phases(database=database, settle_retry_seconds=settings.eci_pay_settle_retry_seconds)
     messages = Messages(frozenset(service_urls(settings)))
@@ -132,7 +138,9 @@ async def payment_service(
     )
     charge_settling = ChargeSettling(
         database=database,
-        settle_charge=_group(settings, aside, partial(settle_charges, database), claims=_payment_of, has_begun=True),
+        settle_charge=groups.new(
+            "charge_settle", partial(settle_charges, database), claims=_payment_of, has_begun=True
+        ),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -140,7 +148,9 @@ async def payment_service(
     )
     refund_settling = RefundSettling(
         database=database,
-        settle_refund=_group(settings, aside, partial(settle_refunds, database), claims=_payment_of, has_begun=True),
+        settle_refund=groups.new(
+            "refund_settle", partial(settle_refunds, database), claims=_payment_of, has_begun=True
+        ),
         payments=payments,
         phases=phases,
         messages=messages,
@@ -154,9 +164,9 @@ async def payment_service(
         yield PaymentService(
             charges=Charges(
                 database=database,
-                begin_charge=_group(settings, aside, partial(begin_charges, database), claims=ChargeBegin.claims),
-                record_pending=_group(settings, aside, partial(record_pending, database), claims=ChargeBegin.claims),
-                record_created=_group(settings, aside, partial(record_pending, database), claims=ChargeBegin.claims),
+                begin_charge=groups.new("charge_begin", partial(begin_charges, database), claims=ChargeBegin.claims),
+                record_pending=groups.new("charge_cash", partial(record_pending, database), claims=ChargeBegin.claims),
+                record_created=groups.new("create", partial(record_pending, database), claims=ChargeBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -166,7 +176,7 @@ async def payment_service(
             ),
             refunds=Refunds(
                 database=database,
-                begin_refund=_group(settings, aside, partial(begin_refunds, database), claims=RefundBegin.claims),
+                begin_refund=groups.new("refund_begin", partial(begin_refunds, database), claims=RefundBegin.claims),
                 gateway=calls,
                 payments=payments,
                 phases=phases,
@@ -196,6 +206,7 @@ async def payment_service(
                 refunds=refund_settling,
                 payments=payments,
             ),
+            groups=groups,
             settlements=SettlementExport(database=database, gateway=calls, gateway_name=settings.eci_pay_gateway),
             database=database,
             clock=clock,
@@ -207,24 +218,41 @@ async def payment_service(
         await database.close()
 
 
-def _group(
-    settings: Settings,
-    aside: Aside,
-    write: Write[Row, Result],
-    *,
-    claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
-    has_begun: bool = False,
-) -> GroupCommit[Row, Result]:
-    """Coalesces requests of one kind. Of what has begun none is refused: the gateway was asked."""
-    return GroupCommit(
-        write,
-        lanes=settings.eci_pay_group_commit_lanes,
-        batch_max=settings.eci_pay_group_commit_batch_max,
-        aside=aside,
-        claims=claims,
-        queue_max=None if has_begun else settings.eci_pay_group_commit_queue_max,
-        wait_seconds=None if has_begun else settings.eci_pay_group_commit_wait_seconds,
-    )
+class _Groups:
+    """Makes what coalesces requests, one for each kind, and measures them all."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._aside = Aside(settings.eci_pay_database_pool_size)
+        self._made: list[GroupCommit[Any, Any]] = []
+
+    def new(
+        self,
+        kind: str,
+        write: Write[Row, Result],
+        *,
+        claims: Callable[[Row], tuple[Hashable, ...]] = lambda _: (),
+        has_begun: bool = False,
+    ) -> GroupCommit[Row, Result]:
+        """Of what has begun none is refused: the gateway was asked."""
+        settings = self._settings
+        group = GroupCommit(
+            write,
+            kind=kind,
+            lanes=settings.eci_pay_group_commit_lanes,
+            batch_max=settings.eci_pay_group_commit_batch_max,
+            aside=self._aside,
+            claims=claims,
+            queue_max=None if has_begun else settings.eci_pay_group_commit_queue_max,
+            wait_seconds=None if has_begun else settings.eci_pay_group_commit_wait_seconds,
+        )
+        self._made.append(group)
+        return group
+
+    def measure(self) -> None:
+        """Notes how many wait."""
+        for group in self._made:
+            group.measure()
 
 
 def _payment_of(settlement: ChargeSettlement | RefundSettlement) -> tuple[Hashable, ...]:

@@ -10,11 +10,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.context import begin_subject, bind_origin
+from eci_pay.instruments import request_seconds
 from server.headers import header_value, header_values
 from server.problems import http_problem, response_to
 
 STATUS_CLIENT_GONE = 499
 """In the log: the client went before it had sent its body. Nothing was begun. (nginx's number; never sent.)"""
+
+OTHER = "other"
+"""In the metrics: a path that no route has, or a method that its path does not take."""
 
 _log = logging.getLogger("server.requests")
 
@@ -55,16 +59,25 @@ class Requests:
                 raise
             await response_to(error)(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - started
+            _measure(scope, status, seconds)
             _log.info(
                 "request",
                 extra={
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
-                    "duration_ms": round((time.perf_counter() - started) * 1000, 2),
+                    "duration_ms": round(seconds * 1000, 2),
                     **subject.told(),
                 },
             )
+
+
+def _measure(scope: Scope, status: int, seconds: float) -> None:
+    """Under the route's path, as the table has it, for there is no end of those that clients make up."""
+    route = scope.get("eci_pay.route")
+    method, path = (OTHER, OTHER) if route is None else (scope["method"], route)
+    request_seconds.labels(method, path, status).observe(seconds)
 
 
 class BodyLimit:

@@ -26,7 +26,8 @@ class Operation:
 class Resource:
     """All the methods of one path, so that a 405 can name each of them."""
 
-    def __init__(self, operations: dict[str, Operation]) -> None:
+    def __init__(self, path: str, operations: dict[str, Operation]) -> None:
+        self._path = path
         self._allow = ", ".join(operations)
         self._handlers = {method: operation.handler for method, operation in operations.items()}
         if "GET" in operations:
@@ -38,6 +39,7 @@ class Resource:
         if handler is None:
             detail = f"This path allows {self._allow}."
             raise HTTPException(405, detail, {"Allow": self._allow})
+        scope["eci_pay.route"] = self._path
         response = await handler(Request(scope, receive, send))
         await response(scope, receive, send)
 
@@ -94,4 +96,4 @@ TABLE: dict[str, dict[str, Operation]] = {
 }
 """Order matters: the first pattern that a path fits has it, and they are tried one by one."""
 
-ROUTES = [Route(path, Resource(operations)) for path, operations in TABLE.items()]
+ROUTES = [Route(path, Resource(path, operations)) for path, operations in TABLE.items()]

@@ -1,11 +1,18 @@
 """Runs the application under uvicorn."""
 
+import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
 from eci_pay.settings import Settings
+
+MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+"""prometheus_client's name for where the workers of one server keep their figures."""
 
 
 def run_server(settings: Settings, *, host: str, port: int, workers: int) -> None:
@@ -15,17 +22,33 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
     the embedded database is let go.
     """
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
-    uvicorn.run(
-        "server.app:create_app",
-        factory=True,
-        host=host,
-        port=port,
-        workers=workers,
-        lifespan="on",
-        ws="none",
-        proxy_headers=False,  # nobody asks who the client is
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=settings.eci_pay_shutdown_timeout_seconds,
-    )
+    with _common_figures(workers):
+        uvicorn.run(
+            "server.app:create_app",
+            factory=True,
+            host=host,
+            port=port,
+            workers=workers,
+            lifespan="on",
+            ws="none",
+            proxy_headers=False,  # nobody asks who the client is
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=settings.eci_pay_shutdown_timeout_seconds,
+        )
+
+
+@contextmanager
+def _common_figures(workers: int) -> Iterator[None]:
+    """Where workers keep what they measure, so that whichever of them is scraped tells of all. A single one needs no
+    files. They are gone at the end; a directory that somebody else has named is theirs."""
+    if workers == 1 or MULTIPROCESS_DIRECTORY in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="eci-pay-metrics-") as directory:
+        os.environ[MULTIPROCESS_DIRECTORY] = directory
+        try:
+            yield
+        finally:
+            del os.environ[MULTIPROCESS_DIRECTORY]

@@ -1,9 +1,15 @@
 """`/metrics`: what an operator's Prometheus sees."""
 
-import httpx
+import shutil
+import subprocess
 
+import httpx
+import pytest
+
+from eci_pay.payments import Payments
 from eci_pay.service import PaymentService
-from tests.support import Books, ManualClock, charge_request
+from tests.support import Books, CommandLine, ManualClock, charge_request, refund_request, until
+from tests.test_serving import charge, serving
 
 UNKNOWN_AMOUNT = "4000.09"
 
@@ -38,3 +44,114 @@ async def test_refused_events_are_counted(api: httpx.AsyncClient) -> None:
         refused = await api.post("/v1/gateway/events", content=b"{}", headers={"Stripe-Signature": "t=1,v1=00"})
         assert (refused.status_code, refused.json()["code"]) == (400, "event-refused")
     assert (await scraped(api))["eci_pay_gateway_events_refused_total"] == before + 2
+
+
+async def changed(api: httpx.AsyncClient, before: dict[str, float]) -> dict[str, float]:
+    """What is more, or less, than it was."""
+    return {
+        name: value - before.get(name, 0) for name, value in (await scraped(api)).items() if value != before.get(name)
+    }
+
+
+async def test_the_platforms_names_are_there_and_true(api: httpx.AsyncClient, service: PaymentService) -> None:
+    first = await service.charges.charge(request=charge_request(1, amount="100.00"), idempotency_key="1")
+    await service.refunds.refund(payment_id=first.payment_id, request=refund_request("30.50"))
+    dollars = charge_request(2, amount="9.99", currency="USD", payment_method="UPI")
+    await service.charges.charge(request=dollars, idempotency_key="2")
+    await service.charges.charge(request=charge_request(3, amount="4000.02"), idempotency_key="3")
+    found = await scraped(api)
+    assert {name: value for name, value in found.items() if not name.startswith(("eci_pay_", "payments_by_"))} == {
+        "payments_created_total": 3,
+        "payments_failed_total": 1,
+        "total_amount_processed": pytest.approx(109.99),
+        "total_refunds": 30.5,
+        "refunds_processed_total": 1,
+        "payment_processing_errors": 0,
+    }
+    by = {name: value for name, value in found.items() if name.startswith("payments_by_") and value}
+    assert by == {
+        'payments_by_status{status="COMPLETED"}': 2,
+        'payments_by_status{status="FAILED"}': 1,
+        'payments_by_method{method="CREDIT_CARD"}': 2,
+        'payments_by_method{method="UPI"}': 1,
+    }
+    amounts = {name: value for name, value in found.items() if "_amount_total" in name}
+    assert amounts == {
+        'eci_pay_completed_amount_total{currency="INR"}': 100,
+        'eci_pay_completed_amount_total{currency="USD"}': 9.99,
+        'eci_pay_refunded_amount_total{currency="INR"}': 30.5,
+    }
+
+
+async def test_requests_the_gateway_batches_and_replays_are_measured(api: httpx.AsyncClient) -> None:
+    before = await scraped(api)
+    assert [(await charge(api)).status_code for _ in range(2)] == [201, 201]
+    assert (await api.get("/v1/payments/99")).status_code == 404
+    assert (await api.get("/v1/payments/7/anything/made/up")).status_code == 404
+    assert (await api.request("PURGE", "/health")).status_code == 405
+    more = await changed(api, before)
+    route = 'eci_pay_http_request_duration_seconds_count{method="%s",route="%s",status="%d"}'
+    assert more[route % ("POST", "/v1/payments/charge", 201)] == 2
+    assert more[route % ("GET", "/v1/payments/{payment_id}", 404)] == 1
+    assert (more[route % ("other", "other", 404)], more[route % ("other", "other", 405)]) == (1, 1)
+    assert more['eci_pay_gateway_request_duration_seconds_count{operation="charge",outcome="approved"}'] == 1
+    assert more["eci_pay_idempotent_replays_total"] == 1
+    assert more['eci_pay_group_commit_batch_rows_sum{kind="charge_settle"}'] == 1
+    found = await scraped(api)
+    assert found['eci_pay_database_connections{state="idle"}'] >= 1
+    assert found['eci_pay_group_commit_waiting_rows{kind="charge_begin"}'] == 0
+    assert [name for name in found if name.startswith("eci_pay_build_info{version=")]
+
+
+async def test_an_unexpected_error_is_counted(
+    api: httpx.AsyncClient, service: PaymentService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Payments, "by_id", broken)
+    assert (await api.get("/v1/payments/1")).status_code == 500
+    await service.totals.add_up()
+    assert (await scraped(api))["payment_processing_errors"] == 1
+
+
+async def test_messages_that_wait_and_dead_ones_are_measured(
+    api: httpx.AsyncClient, telling: PaymentService, books: Books
+) -> None:
+    await telling.charges.charge(request=charge_request(1), idempotency_key="1")
+    await books.rows("UPDATE outbox SET created_at = now() - interval '60 seconds'")
+    await books.rows("UPDATE outbox SET dead_at = now() WHERE destination = 'notification'")
+    found = await scraped(api)
+    assert found['eci_pay_outbox_pending_messages{peer="order"}'] == 1
+    assert found['eci_pay_outbox_oldest_pending_seconds{peer="order"}'] >= 60
+    assert found['eci_pay_outbox_dead_messages{peer="notification"}'] == 1
+    assert found['eci_pay_outbox_oldest_pending_seconds{peer="inventory"}'] == 0
+
+
+async def test_several_workers_tell_of_all_of_them(command_line: CommandLine) -> None:
+    async with serving(command_line, workers=2) as server:
+        name = 'eci_pay_http_request_duration_seconds_count{method="POST",route="/v1/payments/charge",status="201"}'
+
+        async def charged_by_all() -> bool:
+            async with httpx.AsyncClient(base_url=server.address) as client:
+                return (await scraped(client)).get(name) == 40
+
+        for order_id in range(1, 41):
+            # Over a connection of its own: whichever worker takes it.
+            async with httpx.AsyncClient(base_url=server.address) as client:
+                assert (await charge(client, order_id, key=f"k{order_id}")).status_code == 201
+        await until(charged_by_all)
+        async with httpx.AsyncClient(base_url=server.address) as client:
+            assert (await scraped(client))["payments_created_total"] == 40
+
+
+async def test_prometheus_has_nothing_to_say_of_them_but_of_the_platforms_names(api: httpx.AsyncClient) -> None:
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool, of Debian's package prometheus, is not installed")
+    await charge(api)
+    text = (await api.get("/metrics")).text
+    command = [promtool, "check", "metrics"]
+    checked = subprocess.run(command, check=False, input=text, capture_output=True, text=True)  # noqa: ASYNC221
+    said = [line for line in (checked.stdout + checked.stderr).splitlines() if line.strip()]
+    assert [line for line in said if line.startswith("eci_pay_")] == []
+    assert all(line.startswith(("payment", "total_", "refunds_")) for line in said), said
