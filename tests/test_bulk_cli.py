@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.bulk_results import ResultsFile
+from cli.bulk_results import results_of
 from eci_pay.bulk_runs import CONCURRENCY_MAX
 from eci_pay.service import PaymentService
 from tests.support import (
@@ -260,8 +260,9 @@ async def test_a_rerun_keeps_what_earlier_runs_have_begun_in_its_results_from_it
     file = refunds(*(f",{order_id},10,{REASON}" for order_id in (1, 2, 3)))
     first = await service.bulk.begin(await service.bulk.plan(file), operator="me")
     await first(concurrency=1, on_row=lambda result: first.stop() if result.task.line == 3 else None)
-    results = ResultsFile(tmp_path / "results.csv")
-    with results.opened(await service.bulk.plan(file)):
+    again = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    with results_of(file, tmp_path / "results.csv") as results:
+        results.begin(await again.begun_before())
         kept = read_results(results.path)  # as a kill would leave it
     assert [(row["line"], row["outcome"], row["detail"]) for row in kept] == [
         ("2", "begun", "by an earlier run"),
