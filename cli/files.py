@@ -4,7 +4,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -81,7 +81,8 @@ def part_of(path: Path) -> Iterator[Part]:
     except OSError as error:
         raise errors.InvalidRequest(f"{path}: cannot be written: {error.strerror}") from None
     try:
-        with stream:
-            yield Part(path=path, stream=stream, private=private)
+        yield Part(path=path, stream=stream, private=private)
     finally:
+        with suppress(OSError):  # what is thrown away need not fit on the disk
+            stream.close()
         private.unlink(missing_ok=True)

@@ -156,7 +156,8 @@ async def test_charges_are_made_of_every_method_and_whoever_is_declined_stops_no
             "the last line does not end with a newline: is the file cut off?",
         ]),
         ("payment_id,amount,reason\n7,5,Damaged\n22,Damaged in tran,", [
-            "line 3, column amount: must be a number or a plain decimal string (the file ends there, without a newline)",
+            "line 3, column amount: must be a number or a plain decimal string "
+            "(the file ends there, without a newline)",
             "line 3, column reason: is required (the file ends there, without a newline)",
             "the last line does not end with a newline: is the file cut off?",
         ]),
