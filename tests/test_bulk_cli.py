@@ -15,6 +15,7 @@ import pytest
 
 from cli.bulk import exit_code
 from cli.bulk_results import COLUMNS, results_of, results_path
+from cli.failures import exit_code_of
 from eci_pay.bulk_runs import CONCURRENCY_MAX, End, Outcome
 from eci_pay.errors import InvalidRequest, OutputLost
 from eci_pay.service import PaymentService
@@ -31,7 +32,7 @@ from tests.test_bulk import REASON, charges, outcomes, refunds, run
 from tests.test_cli import assert_no_traceback, at_terminal, elsewhere, safe_command
 from tests.test_cli_output import NEEDS_FULL, full_disk, run_into
 
-NOT_ALL, INVALID, TOO_LATE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 5, 130
+NOT_ALL, INVALID, TOO_LATE, UNAVAILABLE, OUTPUT_LOST, INTERRUPTED = 1, 2, 3, 5, 74, 130
 ROWS = 80
 
 
@@ -375,8 +376,9 @@ async def test_a_disk_that_is_full_loses_no_line_of_the_journal_and_is_told(
         full_after(0)
         with pytest.raises(OutputLost, match=r"results\.csv: File too large; rows were begun"):
             results.add(report.results[0])
-        with pytest.raises(OutputLost, match="rows were begun"):
+        with pytest.raises(OutputLost, match="rows were begun") as caught:
             results.complete(report)
+    assert exit_code_of(caught.value) == OUTPUT_LOST
     assert [row["outcome"] for row in read_results(path)] == ["begun", "done"] * 2
     assert os.listdir(tmp_path) == ["results.csv"]
     with pytest.raises(InvalidRequest, match="cannot be written"), results_of(file, tmp_path / "new.csv"):
@@ -391,9 +393,10 @@ def full_after() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(
-    ("end", "outcome", "code"),
-    [
+async def test_a_runs_exit_code_tells_why_it_ended(service: PaymentService) -> None:
+    await charged(service, 1)
+    report = await run(service, refunds(f",1,10,{REASON}"))
+    for end, outcome, code in [
         (End.COMPLETE, Outcome.DONE, 0),
         (End.COMPLETE, Outcome.REPLAYED, 0),
         (End.COMPLETE, Outcome.DECLINED, NOT_ALL),
@@ -403,14 +406,9 @@ def full_after() -> Iterator[Callable[[int], None]]:
         (End.UNAVAILABLE, Outcome.UNKNOWN, UNAVAILABLE),
         (End.TOO_LATE, Outcome.DONE, TOO_LATE),
         (End.INTERRUPTED, Outcome.NOT_TRIED, INTERRUPTED),
-    ],
-)
-async def test_a_runs_exit_code_tells_why_it_ended(
-    service: PaymentService, end: End, outcome: Outcome, code: int
-) -> None:
-    await charged(service, 1)
-    report = await run(service, refunds(f",1,10,{REASON}"))
-    assert exit_code(replace(report, end=end, results=[replace(report.results[0], outcome=outcome)])) == code
+    ]:
+        ended = replace(report, end=end, results=[replace(report.results[0], outcome=outcome)])
+        assert exit_code(ended) == code, (end, outcome)
 
 
 @NEEDS_FULL
