@@ -6,7 +6,8 @@ import os
 import resource
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -364,7 +365,7 @@ def test_results_replace_nothing_but_the_same_files_results(tmp_path: Path) -> N
 
 
 async def test_a_disk_that_is_full_loses_no_line_of_the_journal_and_is_told(
-    service: PaymentService, tmp_path: Path, full_after: Callable[[int], None]
+    service: PaymentService, tmp_path: Path
 ) -> None:
     await charged(service, 2)
     file = refunds(f",1,10,{REASON}", f",2,10,{REASON}")
@@ -373,24 +374,28 @@ async def test_a_disk_that_is_full_loses_no_line_of_the_journal_and_is_told(
     with results_of(file, path) as results:
         results.begin(await begun.begun_before())
         report = await begun(concurrency=1, on_row=results.add)
-        full_after(0)
-        with pytest.raises(OutputLost, match=r"results\.csv: File too large; rows were begun"):
-            results.add(report.results[0])
-        with pytest.raises(OutputLost, match="rows were begun") as caught:
-            results.complete(report)
+        with no_space():
+            with pytest.raises(OutputLost, match=r"results\.csv: File too large; rows were begun"):
+                results.add(report.results[0])
+            with pytest.raises(OutputLost, match="rows were begun") as caught:
+                results.complete(report)
     assert exit_code_of(caught.value) == OUTPUT_LOST
     assert [row["outcome"] for row in read_results(path)] == ["begun", "done"] * 2
     assert os.listdir(tmp_path) == ["results.csv"]
-    with pytest.raises(InvalidRequest, match="cannot be written"), results_of(file, tmp_path / "new.csv"):
+    new = tmp_path / "new.csv"
+    with no_space(), pytest.raises(InvalidRequest, match="cannot be written"), results_of(file, new):
         pass
 
 
-@pytest.fixture
-def full_after() -> Iterator[Callable[[int], None]]:
-    """Lets no file grow beyond so many bytes."""
+@contextmanager
+def no_space() -> Iterator[None]:
+    """No file grows any more."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 async def test_a_runs_exit_code_tells_why_it_ended(service: PaymentService) -> None:
