@@ -12,7 +12,6 @@ import pytest
 from eci_pay import context
 from eci_pay.logs import LogFormat, configure_logs
 
-
 QUIETED = ("asyncio", "httpx", "psycopg.pool")
 """The loggers whose levels `configure_logs` sets, too."""
 
