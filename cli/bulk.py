@@ -3,9 +3,9 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, assert_never
 
 import typer
 
@@ -16,6 +16,8 @@ from cli.runtime import EXIT_INTERRUPTED, on_stop, operator, run_with_service
 from eci_pay import errors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cli.bulk_results import ResultsFile
     from eci_pay.bulk_files import BulkFile, BulkKind
     from eci_pay.bulk_plans import Plan
@@ -53,37 +55,40 @@ class BatchOptions:
 
 def run_batch(kind: "BulkKind", options: BatchOptions, *, yes: bool) -> None:
     """Validates a file, asks, does its rows, and ends with the exit code of what came of them."""
-    from cli.bulk_results import ResultsFile, results_path
+    from cli.bulk_results import results_of, results_path
 
     assert options.file is not None
-    results = None if options.dry_run else ResultsFile(results_path(options.file, options.results))
+    path = None if options.dry_run else results_path(options.file, options.results)
     with _safe_to_repeat():
         plan = _plan(kind, options.file)
-        if results is None:
+        if path is None:
             _print_plan(plan)
             return
-        if plan.to_do and not yes:
-            confirm(_question(plan), to=f"{kind} them")
-        report = run_with_service(
-            lambda service: _run(service, plan, results, options.concurrency), changes=True, busy=True
-        )
-        results.complete(report)
-    _print_report(report, results)
-    _finish(report)
+        with results_of(plan.file, path) as results:
+            if not yes and plan.begun_before < len(plan.tasks):
+                confirm(_question(plan), to=f"{kind} them")
+            report = run_with_service(
+                lambda service: _run(service, plan, results, options.concurrency), changes=True, busy=True
+            )
+    with suppress(OSError):  # the process's end tells of it, and must not hide what came of the rows
+        _print_report(report, path)
+    _advise(report)
+    raise typer.Exit(exit_code(report))
 
 
 def _plan(kind: "BulkKind", name: str) -> "Plan":
     file = _read(kind, name)
-    for warning in file.warnings:
+    plan = run_with_service(lambda service: service.bulk.plan(file))
+    for warning in (*file.warnings, *plan.warnings):
         output.note(f"warning: {warning}")
-    return run_with_service(lambda service: service.bulk.plan(file))
+    return plan
 
 
 def _read(kind: "BulkKind", name: str) -> "BulkFile":
     from eci_pay.bulk_files import read_bulk_file
 
     with opened(name) as stream:
-        return read_bulk_file(kind, stream, "standard input" if name == STANDARD_STREAM else name)
+        return read_bulk_file(kind, stream, "standard input" if name == STANDARD_STREAM else output.printable(name))
 
 
 async def _run(service: "PaymentService", plan: "Plan", results: "ResultsFile", concurrency: int | None) -> "Report":
@@ -93,18 +98,22 @@ async def _run(service: "PaymentService", plan: "Plan", results: "ResultsFile", 
     await service.bulk.check_clock()
     run = await service.bulk.begin(plan, operator=operator())
     on_stop(run.stop)
-    with results.opened(plan), _progress(plan) as advance:
+    # Others may have begun rows since the plan, while somebody thought.
+    results.begin(await run.begun_before())
+    with _progress(plan) as advance:
 
         def on_row(result: "Result") -> None:
             results.add(result)
             advance(result)
 
-        return await run(concurrency=concurrency or CONCURRENCY_DEFAULT, on_row=on_row)
+        report = await run(concurrency=concurrency or CONCURRENCY_DEFAULT, on_row=on_row)
+    results.complete(report)
+    return report
 
 
 @contextmanager
 def _progress(plan: "Plan") -> Iterator["Callable[[Result], None]"]:
-    """A bar where somebody watches."""
+    """A bar where somebody watches; that they have gone stops nothing."""
     if not sys.stderr.isatty() or output.Mode.json:
         yield lambda _: None
         return
@@ -113,17 +122,23 @@ def _progress(plan: "Plan") -> Iterator["Callable[[Result], None]"]:
 
     from eci_pay.bulk_runs import Outcome
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"{plan.file.kind.capitalize()}s", total=len(plan.tasks))
+    progress = Progress(console=Console(stderr=True), transient=True)
+    bar = progress.add_task(f"{plan.file.kind.capitalize()}s", total=len(plan.tasks))
+    with suppress(OSError):
+        progress.start()
+    try:
         yield lambda result: progress.update(bar, advance=result.outcome is not Outcome.BEGUN)
+    finally:
+        with suppress(OSError):
+            progress.stop()
 
 
 @contextmanager
 def _safe_to_repeat() -> Iterator[None]:
-    """Says so where the database was away or somebody has interrupted it, whenever that was."""
+    """Says so where the database was away, the results were lost or somebody has interrupted it, whenever that was."""
     try:
         yield
-    except errors.Unavailable as error:
+    except (errors.Unavailable, errors.OutputLost) as error:
         error.add_note(_hint())
         raise
     except typer.Exit as stop:
@@ -145,9 +160,15 @@ def _question(plan: "Plan") -> str:
     sums = " and ".join(f"{amount:,.2f} {currency}" for currency, amount in sums_by_currency(to_do).items())
     noun = "payment" if plan.file.kind is BulkKind.REFUND else "order"
     count = len({task.order_id for task in to_do})
-    before = len(plan.tasks) - len(to_do)
-    done = f" ({before:,} rows were begun before)" if before else ""
-    return f"{plan.file.kind.capitalize()} {count:,} {noun}{'' if count == 1 else 's'}, {sums}{done}?"
+    others = _others(plan)
+    asked = f"{count:,} {noun}{'' if count == 1 else 's'}, {sums}" if to_do else "nothing"
+    return f"{plan.file.kind.capitalize()} {asked}{f' ({others})' if others else ''}?"
+
+
+def _others(plan: "Plan") -> str:
+    """What a run does not do, or would not, as the books are."""
+    counts = {"were begun before": plan.begun_before, "would be refused": plan.would_be_refused}
+    return ", ".join(f"{count:,} rows {what}" for what, count in counts.items() if count)
 
 
 def _print_plan(plan: "Plan") -> None:
@@ -155,7 +176,6 @@ def _print_plan(plan: "Plan") -> None:
     from eci_pay.bulk_plans import sums_by_currency
 
     to_do = plan.to_do
-    before = len(plan.tasks) - len(to_do)
     if output.Mode.json:
         output.print_json(
             {
@@ -163,7 +183,8 @@ def _print_plan(plan: "Plan") -> None:
                 "file": plan.file.name,
                 "file_hash": plan.file.digest,
                 "rows": len(plan.tasks),
-                "begun_before": before,
+                "begun_before": plan.begun_before,
+                "would_be_refused": plan.would_be_refused,
                 "to_do": [
                     {
                         "currency": currency,
@@ -174,13 +195,11 @@ def _print_plan(plan: "Plan") -> None:
                 ],
             }
         )
-    elif to_do:
-        print(_question(plan).rstrip("?"))
     else:
-        print(f"nothing: all {before:,} rows were begun before")
+        print(_question(plan).rstrip("?"))
 
 
-def _print_report(report: "Report", results: "ResultsFile") -> None:
+def _print_report(report: "Report", path: "Path") -> None:
     sums = report.sums()
     if output.Mode.json:
         output.print_json(
@@ -195,32 +214,49 @@ def _print_report(report: "Report", results: "ResultsFile") -> None:
                     {"outcome": each.outcome, "currency": each.currency, "count": each.count, "sum": float(each.sum)}
                     for each in sums
                 ],
-                "results_file": str(results.path),
+                "results_file": output.printable(str(path)),
             }
         )
         return
     rows = [(each.outcome.value, f"{each.count:,}", f"{each.sum:,.2f}", each.currency) for each in sums]
     output.console().print(output.table(("Outcome", "Rows", "Sum", "Currency"), rows, right=("Rows", "Sum")))
-    output.note(f"results: {results.path}")
+    output.note(f"results: {path}")
 
 
-def _finish(report: "Report") -> None:
-    """Says what is to be done about rows that are not done, and ends with the exit code."""
+def _advise(report: "Report") -> None:
+    """Says what is to be done about rows that are not done."""
     from eci_pay.bulk import TOO_LATE
-    from eci_pay.bulk_runs import UNAVAILABLE_ROWS_MAX, End, Outcome
+    from eci_pay.bulk_runs import End, Outcome
 
     outcomes = {each.outcome for each in report.sums()}
+    if Outcome.UNKNOWN in outcomes:
+        output.note("unknown rows: `eci-pay recover` asks the gateway what became of those that have begun")
     if report.end is End.TOO_LATE:
         output.note(f"stopped: the file's first run began at {report.first_run_at:%Y-%m-%d %H:%M:%S} UTC. {TOO_LATE}")
-        raise typer.Exit(EXIT_TOO_LATE)
+        return
     if report.end is End.UNAVAILABLE:
-        output.note(f"stopped: {UNAVAILABLE_ROWS_MAX} rows in a row found the database or the gateway out of order")
+        output.note("stopped: the database or the gateway is out of order")
     if outcomes & {Outcome.UNKNOWN, Outcome.UNAVAILABLE, Outcome.NOT_TRIED}:
         output.note(_hint())
     if report.end is End.INTERRUPTED:
         output.note("interrupted")
-        raise typer.Exit(EXIT_INTERRUPTED)
-    if report.end is End.UNAVAILABLE or Outcome.UNAVAILABLE in outcomes:
-        raise typer.Exit(EXIT_UNAVAILABLE)
-    if outcomes - {Outcome.DONE, Outcome.REPLAYED}:
-        raise typer.Exit(EXIT_NOT_ALL_DONE)
+
+
+def exit_code(report: "Report") -> int:
+    """The exit code of a run: by why it ended early, or else by what came of its rows."""
+    from eci_pay.bulk_runs import End, Outcome
+
+    outcomes = {result.outcome for result in report.results}
+    match report.end:
+        case End.TOO_LATE:
+            return EXIT_TOO_LATE
+        case End.INTERRUPTED:
+            return EXIT_INTERRUPTED
+        case End.UNAVAILABLE:
+            return EXIT_UNAVAILABLE
+        case End.COMPLETE if Outcome.UNAVAILABLE in outcomes:
+            return EXIT_UNAVAILABLE
+        case End.COMPLETE:
+            return EXIT_NOT_ALL_DONE if outcomes - {Outcome.DONE, Outcome.REPLAYED} else 0
+        case _:
+            assert_never(report.end)

@@ -5,6 +5,11 @@ import logging
 from cli import output
 from eci_pay import errors
 
+EXIT_DEFECT = 70
+"""EX_SOFTWARE of sysexits.h: a defect of ours."""
+EXIT_OUTPUT_LOST = 74
+"""EX_IOERR: what was asked was done, but could not be printed."""
+
 EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.InvalidRequest: 2,
     errors.SettingsInvalid: 2,
@@ -12,12 +17,8 @@ EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.MigrationError: 3,
     errors.NotFound: 4,
     errors.Unavailable: 5,
+    errors.OutputLost: EXIT_OUTPUT_LOST,
 }
-
-EXIT_DEFECT = 70
-"""EX_SOFTWARE of sysexits.h: a defect of ours."""
-EXIT_OUTPUT_LOST = 74
-"""EX_IOERR: what was asked was done, but could not be printed."""
 
 
 def tell(error: Exception) -> int:

@@ -14,9 +14,9 @@ from typing import Protocol
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from eci_pay.answers import Answer
-from eci_pay.bulk_files import BulkFile
+from eci_pay.bulk_files import CALLER, BulkFile
 from eci_pay.bulk_plans import Plan, Task, planner_of
-from eci_pay.bulk_runs import CLOCKS_DIFFER_MAX, RERUN_WITHIN, BulkRun, chunks, may_run
+from eci_pay.bulk_runs import CLOCKS_DIFFER_MAX, RERUN_WITHIN, BulkRun, Deadline, chunks, may_run
 from eci_pay.charges import Charges
 from eci_pay.database import Database, Row
 from eci_pay.errors import FileRunTooLongAgo, IdempotencyKeyInFlight, Unavailable
@@ -50,13 +50,13 @@ class Bulk:
     clock: Callable[[], datetime]
 
     async def plan(self, file: BulkFile) -> Plan:
-        """Holds every row against the books; does nothing. Raises FileInvalid with the faults of all rows, unless the
-        file was run before, FileRunTooLongAgo, and Unavailable."""
+        """Holds every row against the books; does nothing. Raises FileInvalid with the faults of all rows, unless some
+        were begun before, FileRunTooLongAgo, and Unavailable."""
         # First: once keys have expired, the books cannot tell what was done.
-        runs = await self.database.read("bulk_run_find", {"kind": file.kind.value, "file_hash": file.digest})
-        for run in runs:
-            self._refuse_if_too_late(file, run)
-        planner = planner_of(file, self.charges, self.clock(), is_rerun=bool(runs))
+        for run in await self._runs(file):
+            if not may_run(run["started_at"], self.clock()):
+                raise _too_long_ago(file, run)
+        planner = planner_of(file, self.charges, self.clock())
         for rows in chunks(file.rows):
             for row, found in zip(rows, await self._look_up(rows, [file.key(row.line) for row in rows]), strict=True):
                 planner.add(row, found)
@@ -73,37 +73,56 @@ class Bulk:
 
     async def begin(self, plan: Plan, *, operator: str) -> BulkRun:
         """Records the run, before its first row. Raises FileRunTooLongAgo and Unavailable."""
+        now = self.clock()
         params = {
             "kind": plan.file.kind.value,
             "file_hash": plan.file.digest,
             "file_name": plan.file.name[-NAME_LENGTH_MAX:],
             "operator": operator,
             "row_count": len(plan.tasks),
-            "started_at": self.clock(),
+            "at": now,
+            "first_run_min": now - RERUN_WITHIN,
+            "first_run_max": now + CLOCKS_DIFFER_MAX,
         }
-        (run,) = await self.database.fetch("bulk_run_record", params)
-        self._refuse_if_too_late(plan.file, run)
+        recorded = await self.database.fetch("bulk_run_record", params)
+        if not recorded:
+            (first,) = await self._runs(plan.file)
+            raise _too_long_ago(plan.file, first)
+        deadline = Deadline.of(recorded[0]["started_at"].astimezone(UTC), self.clock)
         return BulkRun(
             plan=plan,
-            first_run_at=run["started_at"].astimezone(UTC),
-            clock=self.clock,
-            ask=self._ask_patiently,
+            deadline=deadline,
+            ask=lambda task: self._ask_patiently(task, deadline),
             look_up=lambda tasks: self._look_up(tasks, [task.key for task in tasks]),
         )
 
-    async def _ask_patiently(self, task: Task) -> Answer:
+    async def _ask_patiently(self, task: Task, deadline: Deadline) -> Answer:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(IdempotencyKeyInFlight),
             stop=stop_after_delay(IN_FLIGHT_SECONDS_MAX),
             wait=wait_random_exponential(multiplier=0.1, max=1),
             reraise=True,
         )
-        return await retrying(self._ask, task)
+        return await retrying(self._ask, task, deadline)
 
-    async def _ask(self, task: Task) -> Answer:
-        if isinstance(task.request, RefundRequest):
-            return await self.refunds.refund(payment_id=task.payment_id, request=task.request, idempotency_key=task.key)
-        return await self.charges.charge(request=task.request, idempotency_key=task.key)
+    async def _ask(self, task: Task, deadline: Deadline) -> Answer:
+        deadline.check()
+        key, request = task.key, task.request
+        if isinstance(request, RefundRequest):
+            return await self.refunds.refund(
+                payment_id=task.payment_id,
+                request=request,
+                idempotency_key=key,
+                caller=CALLER,
+                not_after=deadline.not_after,
+            )
+        return await self.charges.charge(
+            request=request, idempotency_key=key, caller=CALLER, not_after=deadline.not_after
+        )
+
+    async def _runs(self, file: BulkFile) -> list[Row]:
+        """The file's row in `bulk_runs`, if it has one."""
+        return await self.database.read("bulk_run_find", {"kind": file.kind.value, "file_hash": file.digest})
 
     async def _look_up(self, rows: Sequence[Named], keys: list[str]) -> list[Row]:
         """The state of each row's payment and key."""
@@ -112,14 +131,15 @@ class Bulk:
             "payment_id": [row.payment_id for row in rows],
             "order_id": [row.order_id for row in rows],
             "idempotency_key": keys,
+            "caller": CALLER,
             "now": self.clock(),
         }
         return await self.database.read("bulk_standing", params)
 
-    def _refuse_if_too_late(self, file: BulkFile, run: Row) -> None:
-        if not may_run(run["started_at"], self.clock()):
-            first = f"{run['started_at'].astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC by {run['operator']}"
-            raise FileRunTooLongAgo(f"{file.name} was first run at {first}. {TOO_LATE}")
+
+def _too_long_ago(file: BulkFile, run: Row) -> FileRunTooLongAgo:
+    first = f"{run['started_at'].astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC by {run['operator']}"
+    return FileRunTooLongAgo(f"{file.name} was first run at {first}. {TOO_LATE}")
 
 
 TOO_LATE = (

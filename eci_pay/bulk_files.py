@@ -17,6 +17,8 @@ BATCH_ROWS_MAX = 100_000
 FAULTS_SHOWN_MAX = 20
 """How many faults of a file its error shows, by line."""
 ID_DIGITS_MAX = 19
+CALLER = "a file of eci-pay"
+"""Whose the rows' keys are: no client of the API can use them."""
 
 _REFUND_COLUMNS = ("payment_id", "order_id", "amount", "reason")
 _CHARGE_COLUMNS = tuple(ChargeRequest.model_fields)
@@ -76,9 +78,14 @@ class BulkFile:
     rows: Sequence[BulkRow]
     warnings: tuple[str, ...]
 
+    @property
+    def key_prefix(self) -> str:
+        """What the idempotency keys of its rows begin with, and no others."""
+        return f"bulk-{self.kind}-{self.digest}-"
+
     def key(self, line: int) -> str:
         """The idempotency key of the row in that line."""
-        return f"bulk-{self.kind}-{self.digest}-{line}"
+        return f"{self.key_prefix}{line}"
 
 
 class Faults:
@@ -105,17 +112,17 @@ class Faults:
 
 def read_bulk_file(kind: BulkKind, stream: BinaryIO, name: str) -> BulkFile:
     """Reads a file; `name` is what errors call it. Raises FileInvalid with all faults of all rows."""
-    columns, parse = _PARSERS[kind]
+    columns, in_header, parse = _PARSERS[kind]
     table, faults = TableFile(stream, name), Faults(name)
     rows: list[BulkRow] = []
     count = 0
     try:
-        for line, values in table.rows((), columns, closed=True):
+        for line, values in table.rows((), columns, in_header=in_header, closed=True):
             count += 1
             if count > BATCH_ROWS_MAX:
                 raise table.fault(f"a file has at most {BATCH_ROWS_MAX:,} rows", line=line)
             try:
-                rows.append(parse(line, _fields(columns, values)))
+                rows.append(parse(line, _fields(columns, values, is_text=not table.is_jsonl)))
             except ValidationFailed as error:
                 for fault in error.errors:
                     faults.add(*table.fault(fault.message, line=line, column=fault.field or None).faults)
@@ -139,19 +146,20 @@ def _charge_row(line: int, fields: dict[str, object]) -> ChargeRow:
     return ChargeRow(line=line, request=parse_request(ChargeRequest, fields))
 
 
-_PARSERS: Mapping[BulkKind, tuple[Sequence[str], Callable[[int, dict[str, object]], BulkRow]]] = {
-    BulkKind.REFUND: (_REFUND_COLUMNS, _refund_row),
-    BulkKind.CHARGE: (_CHARGE_COLUMNS, _charge_row),
+_PARSERS: Mapping[BulkKind, tuple[Sequence[str], Sequence[str], Callable[[int, dict[str, object]], BulkRow]]] = {
+    BulkKind.REFUND: (_REFUND_COLUMNS, ("amount",), _refund_row),
+    BulkKind.CHARGE: (_CHARGE_COLUMNS, (), _charge_row),
 }
+"""The columns, those that no header may leave out, and what makes a row of their values."""
 
 
-def _fields(columns: Sequence[str], values: Sequence[object]) -> dict[str, object]:
-    """What a row gives: an empty field of CSV, like null in JSON, is one that is left out."""
-    return {
-        name: _number(value) if name.endswith("_id") else value
-        for name, value in zip(columns, values, strict=True)
-        if value not in (None, "")
-    }
+def _fields(columns: Sequence[str], values: Sequence[object], *, is_text: bool) -> dict[str, object]:
+    """What a row gives. In CSV, where all is text, an empty field is one that is left out, and digits are an id; JSON,
+    in which null is left out, says itself what is what."""
+    given = {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+    if not is_text:
+        return given
+    return {name: _number(value) if name.endswith("_id") else value for name, value in given.items() if value != ""}
 
 
 def _number(value: object) -> object:

@@ -16,7 +16,7 @@ from typing import TypeVar
 from eci_pay.answers import Answer
 from eci_pay.bulk_plans import Plan, Task
 from eci_pay.database import Row
-from eci_pay.errors import Conflict, IdempotencyKeyInFlight, NotFound, PayError, Unavailable
+from eci_pay.errors import Conflict, IdempotencyKeyInFlight, NotFound, PayError, RequestTooLate, Unavailable
 from eci_pay.idempotency import KEY_LIFETIME
 
 CONCURRENCY_DEFAULT, CONCURRENCY_MAX = 16, 100
@@ -48,6 +48,9 @@ class Outcome(StrEnum):
     UNAVAILABLE = "unavailable"
     NOT_TRIED = "not-tried"
     BEGUN = "begun"
+
+
+MOVED_NOTHING = (Outcome.UNAVAILABLE, Outcome.NOT_TRIED)
 
 
 class End(StrEnum):
@@ -110,13 +113,49 @@ class Report:
         ]
 
 
-@dataclass(kw_only=True, slots=True)
-class BulkRun:
-    """A run that is recorded: call it once. `ask` does a row, `look_up` tells what the books know of rows by now."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deadline:
+    """Until when rows of a file may be begun, by two clocks, as a `Place`: one may be set back, the other stands still
+    while the machine sleeps."""
 
-    plan: Plan
     first_run_at: datetime
     clock: Callable[[], datetime]
+    monotonic_max: float
+
+    @classmethod
+    def of(cls, first_run_at: datetime, clock: Callable[[], datetime]) -> "Deadline":
+        """That of a file whose first run began then."""
+        seconds_left = (first_run_at + RERUN_WITHIN - clock()).total_seconds()
+        return cls(first_run_at=first_run_at, clock=clock, monotonic_max=time.monotonic() + seconds_left)
+
+    @property
+    def not_after(self) -> datetime:
+        """The last instant at which a row may be begun."""
+        return self.first_run_at + RERUN_WITHIN
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether it is too late."""
+        return not may_run(self.first_run_at, self.clock()) or time.monotonic() > self.monotonic_max
+
+    @property
+    def keys_may_have_expired(self) -> bool:
+        """Whether the books may have forgotten what was done."""
+        return self.clock() > self.first_run_at + KEY_LIFETIME
+
+    def check(self) -> None:
+        """Raises RequestTooLate once it has passed."""
+        if self.has_passed:
+            raise RequestTooLate
+
+
+@dataclass(kw_only=True, slots=True)
+class BulkRun:
+    """A run that is recorded: call it once. `ask` does a row, and raises RequestTooLate after the `deadline`; `look_up`
+    tells what the books know of rows by now."""
+
+    plan: Plan
+    deadline: Deadline
     ask: Callable[[Task], Awaitable[Answer]]
     look_up: Callable[[Sequence[Task]], Awaitable[Sequence[Row]]]
     end: End | None = None
@@ -134,8 +173,7 @@ class BulkRun:
         it has ended; what that raises ends the run, and is raised here."""
         told: dict[int, Result] = {}
         lanes = iter(self.plan.lanes())
-        until = time.monotonic() + (self.first_run_at + RERUN_WITHIN - self.clock()).total_seconds()
-        workers = [self._work(lanes, told, on_row, until) for _ in range(concurrency)]
+        workers = [self._work(lanes, told, on_row) for _ in range(concurrency)]
         for failure in await asyncio.gather(*workers, return_exceptions=True):
             if failure is not None:
                 raise failure
@@ -143,33 +181,37 @@ class BulkRun:
         await self._complete(results)
         return Report(
             plan=self.plan,
-            first_run_at=self.first_run_at,
+            first_run_at=self.deadline.first_run_at,
             end=self.end or End.COMPLETE,
             results=results,
         )
 
+    async def begun_before(self) -> list[Task]:
+        """The rows that were begun by now, before this run begins any. Raises Unavailable."""
+        begun: list[Task] = []
+        for some in chunks(self.plan.tasks):
+            found = await self.look_up(some)
+            begun += [task for task, row in zip(some, found, strict=True) if row["key_id"] is not None]
+        return begun
+
     async def _work(
-        self, lanes: Iterator[list[Task]], told: dict[int, Result], on_row: Callable[[Result], None], until: float
+        self, lanes: Iterator[list[Task]], told: dict[int, Result], on_row: Callable[[Result], None]
     ) -> None:
         try:
             for lane in lanes:
                 for task in lane:
-                    self._stop_if_late(until)
+                    if self.deadline.has_passed:
+                        self.stop(End.TOO_LATE)
                     if self.end:
                         return
                     on_row(Result.of(task, Outcome.BEGUN))
                     result = told[task.line] = await self._result(task)
                     on_row(result)
-                    if result.outcome is Outcome.UNAVAILABLE:
+                    if result.outcome in MOVED_NOTHING:
                         break  # the payment's other rows must not take what this one asks for in the next run
         except BaseException:
             self.stop()
             raise
-
-    def _stop_if_late(self, until: float) -> None:
-        """By two clocks, as a `Place`: one may be set back, the other stands still while the machine sleeps."""
-        if not may_run(self.first_run_at, self.clock()) or time.monotonic() > until:
-            self.stop(End.TOO_LATE)
 
     async def _result(self, task: Task) -> Result:
         try:
@@ -187,6 +229,9 @@ class BulkRun:
             return _told(task, await self.ask(task))
         except Unavailable:
             raise
+        except RequestTooLate as error:
+            self.stop(End.TOO_LATE)
+            return Result.of(task, Outcome.NOT_TRIED, error.detail)
         except IdempotencyKeyInFlight as error:
             return Result.of(task, Outcome.UNKNOWN, error.detail)
         except PayError as error:
@@ -204,7 +249,11 @@ class BulkRun:
                 for number, row in zip(some, found, strict=True):
                     results[number] = _looked_up(results[number], row)
         except Unavailable as error:
-            _log.warning("refunds and payments cannot be named: %s", error)
+            _log.warning("what others have done cannot be looked up: %s", error)
+            if any(result.outcome in MOVED_NOTHING for result in results):
+                self.stop(End.UNAVAILABLE)
+            results[:] = [_not_guessed(result) for result in results]
+        if self.deadline.keys_may_have_expired:
             results[:] = [_not_guessed(result) for result in results]
 
 
@@ -235,9 +284,10 @@ def _refusal(error: PayError) -> Outcome:
 
 
 def _not_guessed(result: Result) -> Result:
-    """A row that was begun before, and was not come to."""
-    if result.outcome is Outcome.NOT_TRIED and result.task.was_begun:
-        return replace(result, outcome=Outcome.UNKNOWN, detail="an earlier run has begun it")
+    """A row that this run has not done, where the books do not tell whether another has."""
+    if result.outcome in MOVED_NOTHING:
+        detail = result.detail or "not tried"
+        return replace(result, outcome=Outcome.UNKNOWN, detail=f"{detail}; another run may have done it")
     return result
 
 
@@ -249,7 +299,7 @@ def _looked_up(result: Result, found: Row) -> Result:
         transaction_id=found["transaction_id"],
         amount=found["refund_amount"] or result.amount,
     )
-    if found["key_id"] is None or result.outcome not in (Outcome.NOT_TRIED, Outcome.UNAVAILABLE):
+    if found["key_id"] is None or result.outcome not in MOVED_NOTHING:
         return ids
     match found["answered_status_code"]:
         case None:

@@ -58,9 +58,12 @@ class Charges:
     recovery: Recovery
     clock: Callable[[], datetime]
 
-    async def charge(self, *, request: ChargeRequest, idempotency_key: str, caller: str = "") -> Answer:
-        """Charges an order once; returns 201, 402 or 202. Cash on delivery asks no gateway and stays PENDING."""
-        claim = Claim.of(idempotency_key, caller, "charge", request)
+    async def charge(
+        self, *, request: ChargeRequest, idempotency_key: str, caller: str = "", not_after: datetime | None = None
+    ) -> Answer:
+        """Charges an order once; returns 201, 402 or 202. Cash on delivery asks no gateway and stays PENDING. Raises
+        RequestTooLate where it would begin `not_after` that."""
+        claim = Claim.of(idempotency_key, caller, "charge", request, not_after)
         return await self.phases.run_to_end(self._charge(request, claim))
 
     async def create(self, *, request: CreateRequest, idempotency_key: str | None = None, caller: str = "") -> Answer:
@@ -167,6 +170,7 @@ class Charges:
         """What was recorded, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
         know(order_id=begin.request.order_id)
+        begin.claim.check(begin.at)
         result = await record(begin)
         match result:
             case Begun(row):

@@ -20,12 +20,14 @@ PayError
 │   ├── InvalidState
 │   ├── RefundExceedsBalance
 │   ├── IdempotencyKeyInFlight
+│   ├── RequestTooLate
 │   └── FileRunTooLongAgo
 ├── Unavailable                     nothing was sent to the gateway
 │   ├── Busy                        somebody else has locked what is wanted
 │   ├── ConnectionLost              the statement under way may have been committed
 │   │   └── DatabaseSilent          and to ask again would be to wait again
 │   └── SchemaOutdated
+├── OutputLost                      what was asked may have been done
 ├── SettingsInvalid                 carries one line per fault
 └── MigrationError
 
@@ -225,6 +227,12 @@ class IdempotencyKeyInFlight(Conflict):
     code = "idempotency-key-in-flight"
 
 
+class RequestTooLate(Conflict):
+    """The time in which this could be begun has passed"""
+
+    code = "request-too-late"
+
+
 class FileRunTooLongAgo(Conflict):
     """The file was first run too long ago to be run again"""
 
@@ -251,6 +259,12 @@ class DatabaseSilent(ConnectionLost):
 
 class SchemaOutdated(Unavailable):
     """The database lacks migrations: run `eci-pay migrate`"""
+
+
+class OutputLost(PayError):
+    """The output could not be written"""
+
+    code = "output-lost"
 
 
 class SettingsInvalid(PayError):

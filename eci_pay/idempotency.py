@@ -18,6 +18,7 @@ from eci_pay.errors import (
     IdempotencyKeyInvalid,
     IdempotencyKeyMissing,
     IdempotencyKeyReused,
+    RequestTooLate,
 )
 from eci_pay.instruments import replays
 from eci_pay.requests import ChargeRequest, Request
@@ -29,20 +30,30 @@ EXPIRE_BATCH_SIZE_MAX = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A key as one request presents it. `value` is None where the request came without one."""
+    """A key as one request presents it. `value` is None where the request came without one. Where the key may have been
+    used long ago, nothing is begun `not_after` that: once it has expired, it cannot tell what was done."""
 
     value: str | None
     caller: str
     request_hash: str | None
+    not_after: datetime | None = None
 
     @classmethod
-    def of(cls, value: str | None, caller: str, operation: str, request: Request) -> "Claim":
+    def of(
+        cls, value: str | None, caller: str, operation: str, request: Request, not_after: datetime | None = None
+    ) -> "Claim":
         """The claim of a validated request; `operation` names its route and path."""
         return cls(
             value=value,
             caller=caller,
             request_hash=None if value is None else request_hash(operation, request),
+            not_after=not_after,
         )
+
+    def check(self, at: datetime) -> None:
+        """Raises RequestTooLate where nothing may be begun at that instant."""
+        if self.not_after is not None and at > self.not_after:
+            raise RequestTooLate(f"it was to be begun by {self.not_after:%Y-%m-%d %H:%M:%S} UTC; nothing was sent")
 
 
 def parse_key(raw: str | None) -> str:

@@ -352,6 +352,8 @@ class BulkRun(SQLModel, table=True):
     operator: str = Field(max_length=100)
     row_count: int
     started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
+    last_operator: str = Field(max_length=100)
+    last_started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
     runs: int = Field(default=1, sa_column_kwargs={"server_default": text("1")})
 
 

@@ -53,11 +53,13 @@ class Refunds:
         request: RefundRequest,
         idempotency_key: str | None = None,
         caller: str = "",
+        not_after: datetime | None = None,
     ) -> Answer:
-        """Refunds a payment; returns 200, 402 or 202. None is the id of no payment."""
+        """Refunds a payment; returns 200, 402 or 202. None is the id of no payment. Raises RequestTooLate where it
+        would begin `not_after` that."""
         if payment_id is None:
             raise PaymentNotFound
-        claim = Claim.of(idempotency_key, caller, f"refund {payment_id}", request)
+        claim = Claim.of(idempotency_key, caller, f"refund {payment_id}", request, not_after)
         return await self.phases.run_to_end(self._refund(payment_id, request, claim))
 
     async def _refund(self, payment_id: int, request: RefundRequest, claim: Claim) -> Answer:
@@ -108,6 +110,7 @@ class Refunds:
         """The reserved refund, or the answer of a key that was used before. Where an unknown outcome stands in the way,
         it is looked up first."""
         know(payment_id=begin.payment_id)
+        begin.claim.check(begin.at)
         result = await self.begin_refund(begin)
         match result:
             case Begun(row):

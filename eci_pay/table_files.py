@@ -2,7 +2,8 @@
 memory, with the place of every fault.
 
 Tolerated: a byte order mark, CRLF, blank lines, spaces around names in the header, further columns, columns in any
-order, and a last line without its newline if it is complete, of which `TableFile.warnings` tells.
+order, and a last line without its newline if it is complete, of which `TableFile.warnings` tells. A file of rows that
+move money is read more strictly (`closed`).
 """
 
 import csv
@@ -72,26 +73,39 @@ class TableFile:
         self._half_line: int | None = None
         """The last line, where the file does not end with a newline."""
         self._closed = False
+        self._in_header: Sequence[str] = ()
+        self.is_jsonl = False
+        """Known once the first row is read."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of what was read, in hexadecimal; of the whole file once all rows are read."""
         return self._digest.hexdigest()
 
-    def rows(self, columns: Sequence[str], optional: Sequence[str] = (), *, closed: bool = False) -> Iterator[Row]:
+    def rows(
+        self,
+        columns: Sequence[str],
+        optional: Sequence[str] = (),
+        *,
+        in_header: Sequence[str] = (),
+        closed: bool = False,
+    ) -> Iterator[Row]:
         """The values of the `columns`, which the file must have, and of the `optional` ones, in that order: two or more
-        in all. One that is `closed` must have no others. Raises FileInvalid."""
-        self._closed = closed
+        in all. A header must have those `in_header` as well. A file that is `closed` must have no others, and as CSV a
+        newline at its end: a row that is cut off may look complete. Raises FileInvalid."""
+        self._closed, self._in_header = closed, in_header
         blocks = self._blocks()
         first = next(blocks, "")
         if not first and self._format is not FileFormat.JSONL:
             self._refuse("is empty")
-        is_jsonl = self._format is FileFormat.JSONL or (
+        self.is_jsonl = self._format is FileFormat.JSONL or (
             self._format is FileFormat.AUTO and first.lstrip().startswith("{")
         )
-        read = self._jsonl_rows if is_jsonl else self._csv_rows
+        read = self._jsonl_rows if self.is_jsonl else self._csv_rows
         yield from read(self._lines(first, blocks), columns, optional)
         if self._half_line is not None:
+            if closed and not self.is_jsonl:
+                self._refuse("the last line does not end with a newline: is the file cut off?")
             self.warnings.append(f"{self.name}: the last line does not end with a newline; it was read as complete")
 
     def fault(self, message: str, *, line: int, column: str | None = None) -> FileInvalid:
@@ -196,10 +210,10 @@ class TableFile:
         for name in (*columns, *optional):
             if names.count(name) > 1:
                 raise self.fault("is there twice", line=line, column=name)
-        if missing := [name for name in columns if name not in names]:
+        self._refuse_others(names, (*columns, *optional), line=line)
+        if missing := [name for name in (*columns, *self._in_header) if name not in names]:
             hint = ": columns are separated by commas" if len(names) == 1 else ""
             raise self.fault(f"the header lacks {', '.join(missing)}{hint}", line=line)
-        self._refuse_others(names, (*columns, *optional), line=line)
         absent = len(names)
         pick = itemgetter(*(names.index(name) if name in names else absent for name in (*columns, *optional)))
         if all(name in names for name in optional):

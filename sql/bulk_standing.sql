@@ -9,7 +9,7 @@ FROM unnest(
 ) AS r (n, payment_id, order_id, idempotency_key)
 LEFT JOIN payments o ON o.order_id = r.order_id
 LEFT JOIN payments p ON p.payment_id = coalesce(r.payment_id, o.payment_id)
-LEFT JOIN idempotency_keys k ON k.idempotency_key = r.idempotency_key AND k.caller = ''
+LEFT JOIN idempotency_keys k ON k.idempotency_key = r.idempotency_key AND k.caller = %(caller)s
     AND (k.response_body IS NULL OR k.expires_at > %(now)s)
 LEFT JOIN refunds f ON f.refund_id = k.refund_id
 ORDER BY r.n

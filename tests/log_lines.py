@@ -12,6 +12,9 @@ import pytest
 from eci_pay import context
 from eci_pay.logs import LogFormat, configure_logs
 
+QUIETED = ("asyncio", "httpx", "psycopg.pool")
+"""The loggers whose levels `configure_logs` sets, too."""
+
 
 class Terminal(io.StringIO):
     """Standard error as a terminal, or not."""
@@ -32,6 +35,7 @@ def logged(
     stream = Terminal(is_terminal=is_terminal)
     root = logging.getLogger()
     handlers, before, source = root.handlers, root.level, logging._srcfile
+    levels = {name: logging.getLogger(name).level for name in QUIETED}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("always")
         patch.setattr(sys, "stderr", stream)
@@ -45,4 +49,7 @@ def logged(
             logging.captureWarnings(False)
             root.handlers, logging._srcfile = handlers, source
             root.setLevel(before)
+            for name, quiet in levels.items():
+                logging.getLogger(name).setLevel(quiet)
             context._subject.set(None)
+            context._origin.set(context.Origin())

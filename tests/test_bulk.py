@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ from eci_pay import bulk_files
 from eci_pay.bulk_files import FAULTS_SHOWN_MAX, BulkFile, BulkKind, read_bulk_file
 from eci_pay.bulk_plans import RefundPlanner, sums_by_currency
 from eci_pay.bulk_runs import RERUN_WITHIN, UNAVAILABLE_ROWS_MAX, End, Outcome, Report, Result
-from eci_pay.errors import FileInvalid, FileRunTooLongAgo, Unavailable
+from eci_pay.errors import FileInvalid, FileRunTooLongAgo, RequestTooLate, Unavailable
 from eci_pay.gateways import GatewayRefund, GatewayUnavailable
 from eci_pay.gateways import Outcome as Told
 from eci_pay.service import PaymentService
@@ -29,7 +30,9 @@ from tests.support import (
     RecordingGateway,
     assert_books_are_true,
     charge_fields,
+    charge_request,
     refund_request,
+    until,
 )
 
 REASON = "Damaged in transit"
@@ -118,7 +121,7 @@ async def test_charges_are_made_of_every_method_and_whoever_is_declined_stops_no
     ("text", "faults"),
     [
         ("", ["is empty"]),
-        ("payment_id,reason\n", ["has no rows"]),
+        ("payment_id,amount,reason\n", ["has no rows"]),
         ("payment_id,ammount,reason\n1,5,Damaged\n", ["line 1, column ammount: is not known; known are payment_id, "
          "order_id, amount, reason"]),
         (
@@ -143,14 +146,33 @@ async def test_charges_are_made_of_every_method_and_whoever_is_declined_stops_no
             ],
         ),
         (
-            "payment_id,reason\n1,Damaged\n1,Damaged,1\n",
-            ["line 3: has 3 fields, and the header has 2: a comma within a value needs quotes around it"],
+            "payment_id,amount,reason\n1,,Damaged\n1,,Damaged,1\n",
+            ["line 3: has 4 fields, and the header has 3: a comma within a value needs quotes around it"],
         ),
         ("payment_id,amount,reason\n7,0,Dam", [
             "line 2, column amount: must be greater than 0 after rounding to two decimals "
             "(the file ends there, without a newline)",
             "line 2, column reason: is too short (the file ends there, without a newline)",
+            "the last line does not end with a newline: is the file cut off?",
         ]),
+        ("payment_id,amount,reason\n7,5,Damaged\n22,Damaged in tran,", [
+            "line 3, column amount: must be a number or a plain decimal string "
+            "(the file ends there, without a newline)",
+            "line 3, column reason: is required (the file ends there, without a newline)",
+            "the last line does not end with a newline: is the file cut off?",
+        ]),
+        ("order_id,reason,amount\n7,Damaged,5\n22,Damaged,", [
+            "the last line does not end with a newline: is the file cut off?",
+        ]),
+        ("payment_id,reason\n7,Damaged\n", ["line 1: the header lacks amount"]),
+        (
+            '{"order_id": "7", "amount": 1, "reason": "Damaged"}\n{"order_id": 7, "amount": "", "reason": "Damaged"}',
+            [
+                "line 1, column order_id: must be a whole number",
+                "line 2, column amount: must be a number or a plain decimal string "
+                "(the file ends there, without a newline)",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_every_fault_of_a_file_of_refunds_is_told_with_its_place(text: str, faults: list[str]) -> None:
@@ -168,7 +190,7 @@ def test_every_fault_of_a_file_of_charges_is_told_with_its_place() -> None:
 
 
 def test_of_very_many_faults_the_first_are_told_and_the_others_counted() -> None:
-    told = faults_of(BulkKind.REFUND, "payment_id,reason\n" + "1,bad\n" * (FAULTS_SHOWN_MAX + 1234))
+    told = faults_of(BulkKind.REFUND, "payment_id,amount,reason\n" + "1,,bad\n" * (FAULTS_SHOWN_MAX + 1234))
     assert len(told) == FAULTS_SHOWN_MAX + 1
     assert told[-2:] == [f"line {FAULTS_SHOWN_MAX + 1}, column reason: is too short", "and 1,234 more faults"]
 
@@ -176,7 +198,7 @@ def test_of_very_many_faults_the_first_are_told_and_the_others_counted() -> None
 def test_a_file_has_a_most_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_files, "BATCH_ROWS_MAX", 2)
     assert len(refunds("1,,,Damaged", "2,,,Damaged").rows) == 2
-    assert faults_of(BulkKind.REFUND, "payment_id,reason\n1,Damaged\n2,Damaged\n3,Damaged\n") == [
+    assert faults_of(BulkKind.REFUND, "payment_id,amount,reason\n1,,Damaged\n2,,Damaged\n3,,Damaged\n") == [
         "line 4: a file has at most 2 rows"
     ]
 
@@ -270,7 +292,7 @@ async def test_the_same_file_again_replays_what_is_done_and_refunds_nothing_twic
 
 
 async def test_a_file_is_refused_before_the_first_of_its_keys_may_expire(
-    service: PaymentService, gateway: RecordingGateway, clock: ManualClock
+    service: PaymentService, gateway: RecordingGateway, books: Books, clock: ManualClock
 ) -> None:
     (payment_id,) = await paid(service, 1)
     file = refunds(f"{payment_id},,10,{REASON}")
@@ -283,6 +305,9 @@ async def test_a_file_is_refused_before_the_first_of_its_keys_may_expire(
         await service.bulk.plan(file)
     with pytest.raises(FileRunTooLongAgo):  # whoever planned it before somebody else ran it
         await service.bulk.begin(planned, operator="other")
+    (recorded,) = await books.rows("SELECT * FROM bulk_runs")
+    assert (recorded["runs"], recorded["last_operator"]) == (2, "me"), "a run that is refused is none"
+    assert recorded["last_started_at"] - recorded["started_at"] == RERUN_WITHIN
     clock.advance(hours=-48)
     with pytest.raises(FileRunTooLongAgo):  # by a clock that is far behind the other one's
         await service.bulk.plan(file)
@@ -302,6 +327,168 @@ async def test_a_run_that_is_under_way_stops_before_the_first_of_its_keys_may_ex
     report = await run(service, file, concurrency=1, on_row=on_row)
     assert (report.end, outcomes(report)) == (End.TOO_LATE, ["done", "done", "not-tried"])
     assert len(gateway.refunds) == 2
+
+
+def stalled(clock: ManualClock) -> Callable[[Result], None]:
+    """A terminal that is stopped, or a disk that hangs, just before a row begins."""
+    return lambda result: clock.advance(hours=2, minutes=2) if result.outcome is Outcome.BEGUN else None
+
+
+async def test_a_row_that_stalls_before_its_begin_until_its_key_has_expired_is_not_refunded_again(
+    service: PaymentService, gateway: RecordingGateway, clock: ManualClock
+) -> None:
+    (payment_id,) = await paid(service, 1)
+    file = refunds(f"{payment_id},,10,{REASON}")
+    assert outcomes(await run(service, file)) == ["done"]
+    clock.advance(hours=21, minutes=59)
+    report = await run(service, file, on_row=stalled(clock))
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["unknown"])
+    assert report.results[0].detail.endswith("another run may have done it")
+    assert len(gateway.refunds) == 1
+
+
+@pytest.mark.parametrize("method", ["CREDIT_CARD", "COD"])
+async def test_a_charge_that_stalls_before_its_begin_is_not_made_again(
+    service: PaymentService, gateway: RecordingGateway, books: Books, clock: ManualClock, method: str
+) -> None:
+    file = charges(charge_fields(1, amount="4000.02", payment_method=method))
+    await run(service, file)
+    tried = len(gateway.charges)
+    if method == "COD":
+        await books.rows("UPDATE payments SET payment_method = 'UPI'")  # cash would not be taken over
+    clock.advance(hours=21, minutes=59)
+    report = await run(service, file, on_row=stalled(clock))
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["unknown"])
+    assert (len(gateway.charges), await books.value("SELECT attempt FROM payments")) == (tried, 1)
+
+
+async def test_a_machine_that_sleeps_while_another_runs_row_is_waited_for_refunds_nothing_again(
+    opened: Opener, clock: ManualClock
+) -> None:
+    slow = RecordingGateway(slow_seconds=0.3)
+
+    def on_row(result: Result) -> None:
+        if result.outcome is Outcome.DONE:
+            clock.advance(hours=26)
+
+    async with opened(gateway=slow) as there, opened(gateway=slow) as here:
+        (payment_id,) = await paid(there, 1, amount="9000.00")
+        file = refunds(f"{payment_id},,4000.10,{REASON}")
+        first = asyncio.create_task(run(there, file, on_row=on_row))
+        await until(lambda: _sent(slow))
+        report = await run(here, file)
+        assert outcomes(await first) == ["done"]
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["unknown"])
+    assert len(slow.refunds) == 1
+
+
+async def _sent(gateway: RecordingGateway) -> bool:
+    return bool(gateway.refunds)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+async def test_a_refund_or_charge_that_comes_after_its_last_instant_is_refused_at_begin(
+    service: PaymentService, books: Books, gateway: RecordingGateway, clock: ManualClock, captured: bool
+) -> None:
+    (payment_id,) = await paid(service, 1)
+    if not captured:
+        await books.rows("UPDATE payments SET captured_at = NULL")
+    not_after = clock.now - timedelta(seconds=1)
+    with pytest.raises(RequestTooLate):
+        await service.refunds.refund(payment_id=payment_id, request=refund_request(), not_after=not_after)
+    method = "CREDIT_CARD" if captured else "COD"
+    with pytest.raises(RequestTooLate):
+        await service.charges.charge(
+            request=charge_request(2, payment_method=method), idempotency_key="k", not_after=not_after
+        )
+    assert (gateway.refunds, len(gateway.charges)) == ([], 1)
+    assert await books.value("SELECT count(*) FROM payments") == 1
+    await service.refunds.refund(payment_id=payment_id, request=refund_request(), not_after=clock.now)
+
+
+async def test_a_run_also_ends_in_time_by_a_clock_that_nobody_sets(service: PaymentService, clock: ManualClock) -> None:
+    payment_ids = await paid(service, 1, 2)
+    file = refunds(*(f"{each},,10,{REASON}" for each in payment_ids))
+    plan = await service.bulk.plan(file)
+    await service.bulk.begin(plan, operator="me")
+    clock.now += RERUN_WITHIN - timedelta(seconds=0.2)
+    late = await service.bulk.begin(plan, operator="me")
+    report = await late(concurrency=1, on_row=lambda r: time.sleep(0.3) if r.outcome is Outcome.DONE else None)
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["done", "not-tried"])
+
+
+async def test_what_another_run_has_done_is_never_told_to_be_not_tried(
+    far: PaymentService, service: PaymentService, door: Door
+) -> None:
+    payment_ids = await paid(service, 1, 2, 3)
+    file = refunds(*(f"{each},,10,{REASON}" for each in payment_ids))
+    stopped = await far.bulk.begin(await far.bulk.plan(file), operator="other")
+    assert outcomes(await run(service, file)) == ["done"] * 3
+    stopped.stop()
+    door.shut()
+    report = await stopped(concurrency=1)
+    assert (report.end, outcomes(report)) == (End.INTERRUPTED, ["unknown"] * 3)
+
+
+class Flaky(RecordingGateway):
+    """Refuses every second connection."""
+
+    async def refund(self, refund: GatewayRefund) -> Told:
+        outcome = await super().refund(refund)
+        if len(self.refunds) % 2:
+            raise GatewayUnavailable("connection refused")
+        return outcome
+
+
+async def test_rows_that_are_unavailable_now_and_then_do_not_end_the_run(opened: Opener) -> None:
+    number = 2 * UNAVAILABLE_ROWS_MAX + 4
+    async with opened(gateway=Flaky()) as shaky:
+        payment_ids = await paid(shaky, *range(1, number + 1))
+        report = await run(shaky, refunds(*(f"{each},,10,{REASON}" for each in payment_ids)), concurrency=1)
+    assert report.end is End.COMPLETE
+    assert Counter(outcomes(report)) == {"done": number // 2, "unavailable": number // 2}
+
+
+async def test_a_file_of_which_nothing_was_done_is_held_against_the_books_whole_again(
+    service: PaymentService, books: Books
+) -> None:
+    first, second = await paid(service, 1, 2)
+    file = refunds(f"{first},,10,{REASON}", f"{second},,60,{REASON}")
+    stopped = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    stopped.stop()
+    assert outcomes(await stopped()) == ["not-tried"] * 2
+    await service.refunds.refund(payment_id=second, request=refund_request("50"))
+    with pytest.raises(FileInvalid, match=r"line 3, column amount: 50\.00 INR"):
+        await service.bulk.plan(file)
+
+
+async def test_a_plan_of_a_rerun_tells_what_would_be_refused(service: PaymentService) -> None:
+    first, second, third = await paid(service, 1, 2, 3)
+    file = refunds(f"{first},,10,{REASON}", f"{second},,60,{REASON}", f"{third},,5,{REASON}")
+    begun = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    await begun(concurrency=1, on_row=lambda _: begun.stop())
+    await service.refunds.refund(payment_id=second, request=refund_request())
+    plan = await service.bulk.plan(file)
+    assert (plan.begun_before, plan.would_be_refused) == (1, 1)
+    assert sums_by_currency(plan.to_do) == {"INR": 5}
+
+
+async def test_equal_refunds_are_both_made_with_a_warning_that_names_their_lines(service: PaymentService) -> None:
+    first, second = await paid(service, 1, 2)
+    file = refunds(f"{first},,10,{REASON}", f"{second},,10,{REASON}", f",1,10.00,{REASON}", f",1,10,{REASON} too")
+    plan = await service.bulk.plan(file)
+    assert plan.warnings == [f"lines 2 and 4 ask for the same refund of payment {first}"]
+    assert outcomes(await run(service, file)) == ["done"] * 4
+    many = await service.bulk.plan(refunds(*[f"{second},,0.01,{REASON}"] * (FAULTS_SHOWN_MAX + 3)))
+    assert len(many.warnings) == FAULTS_SHOWN_MAX + 1
+
+
+async def test_a_client_of_the_api_cannot_use_a_rows_key(service: PaymentService) -> None:
+    (payment_id,) = await paid(service, 1)
+    file = refunds(f"{payment_id},,10,{REASON}")
+    await service.refunds.refund(payment_id=payment_id, request=refund_request("5"), idempotency_key=file.key(2))
+    assert outcomes(await run(service, file)) == ["done"]
+    assert outcomes(await run(service, file)) == ["replayed"]
 
 
 async def test_in_a_rerun_a_row_that_fits_no_longer_is_refused_alone(
@@ -343,8 +530,11 @@ async def test_after_a_row_that_was_unavailable_the_others_of_its_payment_wait_f
     ]
 
 
+@pytest.mark.parametrize(
+    ("seen", "ends"), [(Outcome.DONE, ["done", "not-tried"]), (Outcome.BEGUN, ["not-tried", "not-tried"])]
+)
 async def test_a_clock_that_is_set_back_ends_a_run_for_its_keys_would_expire_too_early(
-    service: PaymentService, clock: ManualClock
+    service: PaymentService, clock: ManualClock, seen: Outcome, ends: list[str]
 ) -> None:
     payment_ids = await paid(service, 1, 2)
     file = refunds(*(f"{each},,10,{REASON}" for each in payment_ids))
@@ -352,9 +542,9 @@ async def test_a_clock_that_is_set_back_ends_a_run_for_its_keys_would_expire_too
         service,
         file,
         concurrency=1,
-        on_row=lambda result: clock.advance(minutes=-16) if result.outcome is Outcome.DONE else None,
+        on_row=lambda result: clock.advance(minutes=-16) if result.outcome is seen else None,
     )
-    assert (report.end, outcomes(report)) == (End.TOO_LATE, ["done", "not-tried"])
+    assert (report.end, outcomes(report)) == (End.TOO_LATE, ends)
 
 
 async def test_a_clock_that_is_far_from_the_databases_is_refused(service: PaymentService, clock: ManualClock) -> None:
@@ -546,7 +736,7 @@ async def test_an_outage_of_the_database_ends_the_run_and_whatever_had_begun_is_
 
     report = await run(far, file, on_row=on_row)
     assert report.end is End.UNAVAILABLE
-    assert {"done", "unavailable", "not-tried"} <= set(outcomes(report))
+    assert {"done", "unknown"} <= set(outcomes(report)) <= {"done", "unknown"}, "nobody can know what others did"
     clock.advance(minutes=10)
     again = await run(service, file)
     assert set(outcomes(again)) <= {"done", "replayed"}

@@ -2,16 +2,23 @@
 
 import csv
 import json
+import os
+import resource
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from cli.bulk_results import ResultsFile
-from eci_pay.bulk_runs import CONCURRENCY_MAX
+from cli.bulk import exit_code
+from cli.bulk_results import COLUMNS, results_of, results_path
+from cli.failures import exit_code_of
+from eci_pay.bulk_runs import CONCURRENCY_MAX, End, Outcome
+from eci_pay.errors import InvalidRequest, OutputLost
 from eci_pay.service import PaymentService
 from tests.support import (
     FAULTS_IN_BOOKS,
@@ -24,8 +31,9 @@ from tests.support import (
 )
 from tests.test_bulk import REASON, charges, outcomes, refunds, run
 from tests.test_cli import assert_no_traceback, at_terminal, elsewhere, safe_command
+from tests.test_cli_output import NEEDS_FULL, full_disk, run_into
 
-NOT_ALL, INVALID, TOO_LATE, UNAVAILABLE, INTERRUPTED = 1, 2, 3, 5, 130
+NOT_ALL, INVALID, TOO_LATE, UNAVAILABLE, OUTPUT_LOST, INTERRUPTED = 1, 2, 3, 5, 74, 130
 ROWS = 80
 
 
@@ -162,7 +170,6 @@ async def test_bad_files_and_usage_exit_2_and_nothing_is_done(
         ("refund", "--yes"): "give a PAYMENT_ID and --reason, or --batch",
         ("refund", "--batch", "-", "--yes"): "--results",
         ("refund", "--batch", "refunds.csv", "--results=refunds.csv", "--yes"): "would replace the batch itself",
-        ("refund", "--batch", "refunds.csv", "--results=no/such/dir.csv", "--yes"): "cannot be written",
         ("refund", "--batch", "refunds.csv", f"--concurrency={CONCURRENCY_MAX + 1}", "--yes"): "--concurrency",
     }
     before = good.read_bytes()
@@ -260,13 +267,193 @@ async def test_a_rerun_keeps_what_earlier_runs_have_begun_in_its_results_from_it
     file = refunds(*(f",{order_id},10,{REASON}" for order_id in (1, 2, 3)))
     first = await service.bulk.begin(await service.bulk.plan(file), operator="me")
     await first(concurrency=1, on_row=lambda result: first.stop() if result.task.line == 3 else None)
-    results = ResultsFile(tmp_path / "results.csv")
-    with results.opened(await service.bulk.plan(file)):
+    again = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    with results_of(file, tmp_path / "results.csv") as results:
+        results.begin(await again.begun_before())
         kept = read_results(results.path)  # as a kill would leave it
     assert [(row["line"], row["outcome"], row["detail"]) for row in kept] == [
         ("2", "begun", "by an earlier run"),
         ("3", "begun", "by an earlier run"),
     ]
+
+
+async def test_of_two_runs_with_the_same_results_the_second_keeps_what_the_first_has_told(
+    service: PaymentService, books: Books, tmp_path: Path
+) -> None:
+    await charged(service, 3)
+    file = refunds(*(f",{order_id},10,{REASON}" for order_id in (1, 2, 3)))
+    path = tmp_path / "results.csv"
+    plan = await service.bulk.plan(file)  # and while somebody thinks about it,
+    first = await service.bulk.begin(await service.bulk.plan(file), operator="other")
+    with results_of(file, path) as results:
+        results.begin(await first.begun_before())
+        results.complete(await first(concurrency=1, on_row=results.add))
+    told = read_results(path)
+    assert [row["outcome"] for row in told] == ["done"] * 3
+    second = await service.bulk.begin(plan, operator="me")
+    with results_of(file, path) as results:
+        results.begin(await second.begun_before())  # and then it is killed
+    assert read_results(path) == told
+    with results_of(file, tmp_path / "others.csv") as results:
+        results.begin(await second.begun_before())
+    assert [row["outcome"] for row in read_results(tmp_path / "others.csv")] == ["begun"] * 3
+
+
+async def test_a_line_of_the_journal_that_a_power_failure_has_cut_off_is_left_out(
+    service: PaymentService, tmp_path: Path
+) -> None:
+    await charged(service, 2)
+    file = refunds(f",1,10,{REASON}", f",2,10,{REASON}")
+    path = tmp_path / "results.csv"
+    begun = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    with results_of(file, path) as results:
+        results.begin(await begun.begun_before())
+        await begun(concurrency=1, on_row=results.add)
+    path.write_bytes(path.read_bytes()[:-90])
+    with results_of(file, path) as results:
+        results.begin(await begun.begun_before())
+    assert [(row["line"], row["outcome"]) for row in read_results(path)] == [
+        ("2", "begun"),
+        ("2", "done"),
+        ("3", "begun"),
+        ("3", "begun"),
+    ]
+
+
+def test_results_have_one_writer_at_a_time_and_leave_no_trace(tmp_path: Path) -> None:
+    file, path = refunds(f",1,10,{REASON}"), tmp_path / "results.csv"
+    with (
+        results_of(file, path),
+        pytest.raises(InvalidRequest, match="another run is writing it"),
+        results_of(file, path),
+    ):
+        pass
+    with results_of(file, path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_replace_nothing_but_the_same_files_results(tmp_path: Path) -> None:
+    file, other = refunds(f",1,10,{REASON}"), refunds(f",1,11,{REASON}")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "notes.txt").write_text("line,payment_id\n")
+    (tmp_path / "image.png").write_bytes(bytes(range(256)))
+    key = other.key(2)
+    (tmp_path / "other.csv").write_text(f"{','.join(COLUMNS)}\n2,1,1,11,INR,refused,,,,{key}\n")
+    (tmp_path / "mine.csv").write_text(f"{','.join(COLUMNS)}\n2,1,1,10,INR,refused,,,,{file.key(2)}\n")
+    cases = {
+        "pipe": "is no file",
+        "/dev/null": "is no file",
+        "-": "wants a file",
+        "notes.txt": "holds no results",
+        "image.png": "holds no results",
+        "other.csv": "holds the results of another file",
+        "nowhere/new.csv": "cannot be written",
+        "n" * 250: "name too long",
+    }
+    before = {path.name for path in tmp_path.iterdir()}
+    for name, words in cases.items():
+        given = name if name in ("-", "/dev/null") else str(tmp_path / name)
+        with pytest.raises(InvalidRequest, match=words), results_of(file, results_path("batch.csv", given)):
+            pass
+    (tmp_path / "link.csv").symlink_to("mine.csv")
+    with results_of(file, results_path("batch.csv", str(tmp_path / "link.csv"))) as results:
+        results.begin([])
+    assert (tmp_path / "link.csv").is_symlink()
+    assert [row["outcome"] for row in read_results(tmp_path / "mine.csv")] == ["refused"]
+    assert {path.name for path in tmp_path.iterdir()} == before | {"link.csv"}
+
+
+async def test_a_disk_that_is_full_loses_no_line_of_the_journal_and_is_told(
+    service: PaymentService, tmp_path: Path
+) -> None:
+    await charged(service, 2)
+    file = refunds(f",1,10,{REASON}", f",2,10,{REASON}")
+    begun = await service.bulk.begin(await service.bulk.plan(file), operator="me")
+    path = tmp_path / "results.csv"
+    with results_of(file, path) as results:
+        results.begin(await begun.begun_before())
+        report = await begun(concurrency=1, on_row=results.add)
+        with no_space():
+            with pytest.raises(OutputLost, match=r"results\.csv: File too large; rows were begun"):
+                results.add(report.results[0])
+            with pytest.raises(OutputLost, match="rows were begun") as caught:
+                results.complete(report)
+    assert exit_code_of(caught.value) == OUTPUT_LOST
+    assert [row["outcome"] for row in read_results(path)] == ["begun", "done"] * 2
+    assert os.listdir(tmp_path) == ["results.csv"]
+    new = tmp_path / "new.csv"
+    with no_space(), pytest.raises(InvalidRequest, match="cannot be written"), results_of(file, new):
+        pass
+
+
+@contextmanager
+def no_space() -> Iterator[None]:
+    """No file grows any more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_runs_exit_code_tells_why_it_ended(service: PaymentService) -> None:
+    await charged(service, 1)
+    report = await run(service, refunds(f",1,10,{REASON}"))
+    for end, outcome, code in [
+        (End.COMPLETE, Outcome.DONE, 0),
+        (End.COMPLETE, Outcome.REPLAYED, 0),
+        (End.COMPLETE, Outcome.DECLINED, NOT_ALL),
+        (End.COMPLETE, Outcome.UNKNOWN, NOT_ALL),
+        (End.COMPLETE, Outcome.NOT_TRIED, NOT_ALL),
+        (End.COMPLETE, Outcome.UNAVAILABLE, UNAVAILABLE),
+        (End.UNAVAILABLE, Outcome.UNKNOWN, UNAVAILABLE),
+        (End.TOO_LATE, Outcome.DONE, TOO_LATE),
+        (End.INTERRUPTED, Outcome.NOT_TRIED, INTERRUPTED),
+    ]:
+        ended = replace(report, end=end, results=[replace(report.results[0], outcome=outcome)])
+        assert exit_code(ended) == code, (end, outcome)
+
+
+@NEEDS_FULL
+async def test_output_that_is_lost_does_not_hide_what_came_of_the_rows(
+    command_line: CommandLine, service: PaymentService, tmp_path: Path
+) -> None:
+    await charged(service, 1, "9000.00")
+    write_refunds(tmp_path, ["4000.02"])
+    with full_disk() as full:
+        lost = await run_into(command_line, full, "refund", "--batch", "refunds.csv", "--yes")
+    assert lost.exit_code == NOT_ALL
+    assert "the output could not be written" in lost.stderr
+    assert [row["outcome"] for row in read_results(tmp_path / "refunds.csv.results.csv")] == ["declined"]
+
+
+async def test_a_name_that_is_not_utf_8_is_shown_and_recorded_as_far_as_it_can_be(
+    command_line: CommandLine, service: PaymentService, books: Books, tmp_path: Path
+) -> None:
+    await charged(service, 1)
+    name = os.fsdecode(b"r\xe9fund.csv")
+    write_refunds(tmp_path, ["10"], name)
+    done = await command_line.run("refund", "--batch", name, "--yes", "--json")
+    assert (done.exit_code, done.json["file"]) == (0, "r\ufffdfund.csv")
+    assert await books.value("SELECT file_name FROM bulk_runs WHERE kind = 'refund'") == "r\ufffdfund.csv"
+    assert len(read_results(tmp_path / f"{name}.results.csv")) == 1
+
+
+async def test_a_machine_whose_clock_is_off_runs_no_batch(
+    command_line: CommandLine, service: PaymentService, books: Books, tmp_path: Path
+) -> None:
+    await charged(service, 1)
+    write_refunds(tmp_path, ["10"])
+    await books.rows(
+        "CREATE FUNCTION now() RETURNS timestamptz LANGUAGE sql AS $$ SELECT pg_catalog.now() + interval '1 hour' $$"
+    )
+    where = f"{command_line.environment['DATABASE_URL']} options='-c search_path=public,pg_catalog'"
+    off = await elsewhere(command_line, DATABASE_URL=where).run("refund", "--batch", "refunds.csv", "--yes")
+    assert (off.exit_code, await refund_count(books)) == (UNAVAILABLE, 0)
+    assert "clock is more than 15 minutes off" in off.stderr
+    assert os.listdir(tmp_path) == ["refunds.csv"]
 
 
 async def begun(books: Books, number: int) -> bool:
