@@ -146,6 +146,7 @@ def _facts(report: Report) -> Iterator[str]:
         ("Lines compared", f"{report.lines:,}" if with_file else None),
         ("Repaired", f"{report.repaired:,}" if report.repaired else None),
         ("Unknown outcomes", f"{report.open_in_time:,} within their time limit" if report.open_in_time else None),
+        *(("Warning", warning) for warning in report.warnings),
     )
     yield "<dl>\n"
     yield from (f"<dt>{name}</dt><dd>{_text(value)}</dd>\n" for name, value in rows if value)

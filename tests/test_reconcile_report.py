@@ -315,9 +315,10 @@ def test_what_only_waits_is_told_last() -> None:
 
 
 def test_facts_of_the_run_are_told() -> None:
-    text = Page(replace(everything(), seconds=125.0)).text
+    text = Page(replace(everything(), seconds=125.0, warnings=("the period is <not> over",))).text
 
     assert "Run42" in text
+    assert "Warningthe period is <not> over" in text
     assert "maria" in text
     assert "in run 40" in text
     assert "2m 5s" in text
