@@ -35,7 +35,7 @@ def doctor(as_json: JsonOption = False) -> None:
     else:
         diagnosis = run(diagnose(settings))
     _print(diagnosis)
-    if not diagnosis.database_reached:
+    if diagnosis.database_reached is False:
         raise typer.Exit(EXIT_UNAVAILABLE)
     if diagnosis.has_fault:
         raise typer.Exit(EXIT_FAULT)

@@ -54,10 +54,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """All findings, in the order of the checks."""
+    """All findings, in the order of the checks. `database_reached` is None where that was not tried."""
 
     findings: tuple[Finding, ...]
-    database_reached: bool
+    database_reached: bool | None = None
 
     @property
     def has_fault(self) -> bool:
@@ -69,7 +69,7 @@ def of_invalid_settings(error: SettingsInvalid) -> Diagnosis:
     """What is known where the settings are wrong: nothing else can be examined."""
     remedy = "correct the environment; the README has a table of settings"
     findings = tuple(_fault("settings", fault, remedy) for fault in error.faults)
-    return Diagnosis(findings=findings, database_reached=True)
+    return Diagnosis(findings=findings)
 
 
 async def diagnose(settings: Settings, clock: Callable[[], datetime] = system_clock) -> Diagnosis:

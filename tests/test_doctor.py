@@ -99,6 +99,7 @@ async def test_wrong_settings_are_a_fault_for_each_line(command_line: CommandLin
     wrong = {"ECI_PAY_DATABASE_POOL_SIZE": "none", "ORDER_SERVICE_URL": "orders"}
     result = await replace(command_line, environment={**command_line.environment, **wrong}).run("doctor", "--json")
     assert result.exit_code == FAULT
+    assert result.json["database_reached"] is None
     found = result.json["findings"]
     assert {(each["check"], each["verdict"]) for each in found} == {("settings", "fault")}
     assert [each["message"].split(":")[0] for each in found] == ["ORDER_SERVICE_URL", "ECI_PAY_DATABASE_POOL_SIZE"]
@@ -125,7 +126,7 @@ async def test_a_database_that_is_silent_is_waited_for_only_so_long(
         url = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
         diagnosis = await diagnose(at(settings, url))
     assert of(diagnosis, "database") == [(Verdict.FAULT, "it did not answer within 0.3 s")]
-    assert not diagnosis.database_reached
+    assert diagnosis.database_reached is False
 
 
 @pytest.mark.parametrize(
