@@ -43,7 +43,10 @@ async def clerk(books: Books) -> AsyncIterator[str]:
     name = f"eci_pay_clerk_{os.getpid()}"
     try:
         await books.rows(f"CREATE ROLE {name}")
+        await books.rows(f"SET ROLE {name}")
+        await books.rows("RESET ROLE")
     except psycopg.errors.InsufficientPrivilege as error:
+        await books.rows(f"DROP ROLE IF EXISTS {name}")
         pytest.skip(f"the server lets nobody make a role: {error}")
     yield name
     await books.rows(f"DROP OWNED BY {name}")
@@ -246,7 +249,7 @@ async def test_a_peer_is_well_if_it_answers_anything_in_time(settings: Settings,
     await peers.shut(Destination.INVENTORY)
     before = asyncio.get_running_loop().time()
     diagnosis = await diagnose(settings.model_copy(update=peers.settings()))
-    assert asyncio.get_running_loop().time() - before < doctor.PROBE_SECONDS_MAX + 2
+    assert asyncio.get_running_loop().time() - before < doctor.PROBE_SECONDS_MAX + 6
     urls = peers.urls
     assert of(diagnosis, "peer order") == [(OK, f"{urls[Destination.ORDER]} answers")]
     assert of(diagnosis, "peer notification") == [
