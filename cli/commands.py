@@ -30,6 +30,8 @@ COMMANDS = {
     "show": ("cli.payments", "Show a payment with its refunds and its history."),
     "list": ("cli.payments", "List payments, newest first."),
     "cancel": ("cli.payments", "Cancel a PENDING or FAILED payment, for good."),
+    "stats": ("cli.stats", "Sum up the payments created lately, and what is left to do."),
+    "doctor": ("cli.doctor", "Examine the settings, the database and all that this service talks to."),
     "migrate": ("cli.maintenance", "Bring the database to this release's schema."),
     "expire-keys": ("cli.maintenance", "Delete idempotency keys that are finished and older than 24 hours."),
     "demo": (

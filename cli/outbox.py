@@ -17,6 +17,8 @@ from cli.runtime import run_use_case
 from eci_pay import errors
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from eci_pay.outbox import Retried
     from eci_pay.views import MessagePage, MessageView, OutboxStats
 
@@ -224,7 +226,12 @@ def _print_retried(results: "list[Retried]") -> None:
 def _print_stats(stats: "tuple[OutboxStats, ...]") -> None:
     if output.Mode.json:
         output.print_json([each.model_dump(mode="json") for each in stats])
-        return
+    else:
+        output.console().print(stats_table(stats))
+
+
+def stats_table(stats: "tuple[OutboxStats, ...]") -> "Table":
+    """A row for each service that is told of payments."""
     rows = [
         (
             each.destination,
@@ -237,7 +244,7 @@ def _print_stats(stats: "tuple[OutboxStats, ...]") -> None:
         for each in stats
     ]
     headings = ("Peer", "Pending", "In delivery", "Oldest pending", "Dead", "Oldest dead")
-    output.console().print(output.table(headings, rows, right=headings[1:]))
+    return output.table(headings, rows, right=headings[1:])
 
 
 def _instant(instant: datetime | None) -> str | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from eci_pay.errors import PayError
-    from eci_pay.views import PaymentPage, PaymentView
+    from eci_pay.views import PaymentPage
 
 _STYLE_OF_STATUS = {
     "COMPLETED": "green",
@@ -93,38 +93,6 @@ def console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def print_payment(view: "PaymentView") -> None:
-    """A payment with its refunds and its history."""
-    if Mode.json:
-        print_json(view.model_dump(mode="json"))
-        return
-    out = console()
-    out.print(facts(_payment_facts(view), title=f"Payment {view.payment_id}"))
-    if view.refunds:
-        rows = [
-            (
-                str(r.refund_id),
-                f"{r.amount:,.2f}",
-                styled(r.status),
-                shown(r.reason),
-                f"{r.created_at:%Y-%m-%d %H:%M:%S}",
-            )
-            for r in view.refunds
-        ]
-        out.print(table(("Refund", "Amount", "Status", "Reason", "Begun (UTC)"), rows, right=("Amount",)))
-    rows = [
-        (
-            f"{t.created_at:%Y-%m-%d %H:%M:%S}",
-            t.transaction_type,
-            f"{t.amount:,.2f}",
-            styled(t.status),
-            shown(t.description),
-        )
-        for t in view.transactions
-    ]
-    out.print(table(("When (UTC)", "Type", "Amount", "Status", "Description"), rows, right=("Amount",)))
-
-
 def print_page(page: "PaymentPage") -> None:
     """A page of payments."""
     if Mode.json:
@@ -199,24 +167,3 @@ def facts(rows: Iterable[tuple[str, Any]], *, title: str) -> "Table":
         if value not in (None, ""):
             made.add_row(name, str(value))
     return made
-
-
-def _payment_facts(view: "PaymentView") -> Iterable[tuple[str, Any]]:
-    refunded = f"{view.refunded_amount:,.2f} {view.currency}" if view.refunded_amount else None
-    if view.refund_pending:
-        refunded = f"{refunded} ({view.refund_pending:,.2f} in flight)"
-    return (
-        ("Status", styled(view.status)),
-        ("Amount", f"{view.amount:,.2f} {view.currency}"),
-        ("Refunded", refunded),
-        ("Method", view.payment_method.value),
-        ("Order", view.order_id),
-        ("User", view.user_id),
-        ("Transaction", view.transaction_id),
-        ("Reference", shown(view.reference)),
-        ("Authorization", shown(view.authorization_code)),
-        ("Gateway said", shown(view.gateway_response)),
-        ("Attempt", view.attempt),
-        ("Created", f"{view.created_at:%Y-%m-%d %H:%M:%S} UTC"),
-        ("Completed", f"{view.completed_at:%Y-%m-%d %H:%M:%S} UTC" if view.completed_at else None),
-    )

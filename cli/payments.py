@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +11,15 @@ import typer
 from cli import output
 from cli.bulk import BatchOption, BatchOptions, ConcurrencyOption, DryRunOption, ResultsOption, run_batch
 from cli.output import JsonOption
+from cli.payment_output import print_payment
 from cli.prompts import confirm
 from cli.runtime import run_use_case
 from eci_pay import errors
 
 if TYPE_CHECKING:
     from eci_pay.answers import Answer
+    from eci_pay.service import PaymentService
+    from eci_pay.views import PaymentMessages, PaymentView
 
 EXIT_DECLINED = 1
 EXIT_UNKNOWN = 6
@@ -144,15 +147,21 @@ def show(
     match payment_id, order, transaction:
         case str(), None, None:
             number = parse_payment_id(payment_id)
-            view = run_use_case(lambda service: service.payments.by_id(number))
+            view, messages = run_use_case(lambda service: _told(service, service.payments.by_id(number)))
         case None, str(), None:
             order_number = parse_order_id(order)
-            view = run_use_case(lambda service: service.payments.by_order(order_number))
+            view, messages = run_use_case(lambda service: _told(service, service.payments.by_order(order_number)))
         case None, None, str(given):
-            view = run_use_case(lambda service: service.payments.by_transaction(given))
+            view, messages = run_use_case(lambda service: _told(service, service.payments.by_transaction(given)))
         case _:
             raise errors.InvalidRequest("give one of PAYMENT_ID, --order and --transaction")
-    output.print_payment(view)
+    print_payment(view, messages)
+
+
+async def _told(service: "PaymentService", read: "Awaitable[PaymentView]") -> "tuple[PaymentView, PaymentMessages]":
+    """A payment, and what others are told of it."""
+    view = await read
+    return view, await service.outbox.of_payment(view.payment_id)
 
 
 def list_payments(
@@ -191,7 +200,7 @@ def cancel(payment_id: Annotated[str, typer.Argument(metavar="PAYMENT_ID")], as_
     from eci_pay.requests import parse_payment_id
 
     number = parse_payment_id(payment_id)
-    output.print_payment(run_use_case(lambda service: service.status_changes.cancel(payment_id=number), changes=True))
+    print_payment(run_use_case(lambda service: service.status_changes.cancel(payment_id=number), changes=True))
 
 
 def _number(text: str | None) -> object:
@@ -257,7 +266,7 @@ def _print_answer(answer: "Answer") -> None:
 
     if answer.replayed:
         output.note("this key was used before: this is the first answer again")
-    output.print_payment(PaymentView.model_validate_json(answer.body))
+    print_payment(PaymentView.model_validate_json(answer.body))
 
 
 def _print_decline(answer: "Answer") -> None:

@@ -15,10 +15,11 @@ from eci_pay.batches import settle
 from eci_pay.database import Connection, Database, Row, fetch
 from eci_pay.errors import MessageNotFound, Unavailable
 from eci_pay.messages import Destination
-from eci_pay.views import MessagePage, MessageView, OutboxStats
+from eci_pay.views import MessagePage, MessageView, OutboxStats, PaymentMessages
 
 PURGE_BATCH_SIZE_MAX = 1000
 RETRY_BATCH_SIZE_MAX = 1000
+MESSAGES_OF_PAYMENT_MAX = 50
 
 _log = logging.getLogger(__name__)
 
@@ -194,6 +195,15 @@ class Outbox:
                 "there is no such message" if message_id is None else f"there is no message {message_id}"
             )
         return MessageView.of_row(rows[0])
+
+    async def of_payment(self, payment_id: int) -> PaymentMessages:
+        """The messages of one payment, oldest first: of more than `MESSAGES_OF_PAYMENT_MAX` the latest."""
+        params = {"payment_id": payment_id, "count_max": MESSAGES_OF_PAYMENT_MAX}
+        rows = await self._database.read("outbox_of_payment", params)
+        return PaymentMessages(
+            messages=tuple(MessageView.of_row(row) for row in reversed(rows)),
+            messages_left_out=rows[0]["total"] - len(rows) if rows else 0,
+        )
 
     async def stats(self) -> tuple[OutboxStats, ...]:
         """Counts and ages of each destination."""

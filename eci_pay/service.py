@@ -39,6 +39,7 @@ from eci_pay.totals import Totals
 
 if TYPE_CHECKING:
     from eci_pay.bulk import Bulk
+    from eci_pay.stats import Stats
 
 Clock = Callable[[], datetime]
 
@@ -81,6 +82,13 @@ class PaymentService:
         """Notes what this process's instruments are told only now and then."""
         self.database.measure()
         self.groups.measure()
+
+    @property
+    def stats(self) -> "Stats":
+        """What became of the payments of late."""
+        from eci_pay.stats import Stats
+
+        return Stats(database=self.database, outbox=self.outbox, recovery=self.recovery, clock=self.clock)
 
     async def check_ready(self) -> None:
         """Raises Unavailable where the database does not answer."""

@@ -144,6 +144,13 @@ class MessagePage(View):
     next_cursor: str | None
 
 
+class PaymentMessages(View):
+    """The latest messages about one payment, oldest first, and how many earlier ones there are."""
+
+    messages: tuple[MessageView, ...] = ()
+    messages_left_out: int = 0
+
+
 class OutboxStats(View):
     """The undelivered messages of one destination. Ages count from the change that a message tells of."""
 

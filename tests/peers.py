@@ -143,7 +143,7 @@ class Peers:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         method, path, _ = head[0].split(" ")
         headers = {name.lower(): value.strip() for name, value in (line.split(":", 1) for line in head[1:] if line)}
-        body = json.loads(await reader.readexactly(int(headers.get("content-length", "0"))))
+        body = json.loads(await reader.readexactly(int(headers.get("content-length", "0"))) or "null")
         one = Taken(destination, method, path, headers, body, started=time.monotonic())
         self.taken.append(one)
         reply = self.behaviour[destination](one)
