@@ -22,7 +22,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRe
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable
-from eci_pay.instruments import connections, connections_waited_for
+from eci_pay.instruments import connections_now
 from eci_pay.settings import Settings
 from eci_pay.statements import statement
 
@@ -94,9 +94,7 @@ class Database:
         """Notes what the connections do."""
         stats = self._pool.get_stats()
         size, idle = stats.get("pool_size", 0), stats.get("pool_available", 0)
-        connections.labels("idle").set(idle)
-        connections.labels("busy").set(size - idle)
-        connections_waited_for.set(stats.get("requests_waiting", 0))
+        connections_now(idle=idle, busy=size - idle, waited_for=stats.get("requests_waiting", 0))
 
     async def fetch(self, name: str, params: Params | None = None) -> list[Row]:
         """Runs one named statement as a transaction of its own; ConnectionLost leaves open whether it committed."""

@@ -28,7 +28,7 @@ from eci_pay.gateways import (
     Outcome,
     Unknown,
 )
-from eci_pay.instruments import gateway_seconds
+from eci_pay.instruments import gateway_answered
 from eci_pay.settings import Settings
 
 LOOKS_AT_ONCE_MAX = 8
@@ -230,7 +230,7 @@ class GatewayCalls:
             answer = await self._answer(ask)
             outcome = _OUTCOMES[type(answer)]
         finally:
-            gateway_seconds.labels(operation, outcome).observe(time.perf_counter() - started)
+            gateway_answered(operation, outcome, time.perf_counter() - started)
         return answer
 
     async def _answer(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:

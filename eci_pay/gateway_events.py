@@ -13,7 +13,7 @@ from eci_pay.database import Database
 from eci_pay.errors import EventRefused, PaymentNotFound, Unavailable
 from eci_pay.gateway_calls import GatewayCalls
 from eci_pay.gateways import Approved, GatewayEvent
-from eci_pay.instruments import refused_events
+from eci_pay.instruments import event_refused
 from eci_pay.lifecycle import RefundStatus
 from eci_pay.payments import Payments
 from eci_pay.refund_settling import RefundSettling
@@ -40,7 +40,7 @@ class GatewayEvents:
         try:
             event = self.gateway.read_event(body, signature)
         except EventRefused as error:
-            refused_events.inc()
+            event_refused()
             _log.warning("refused an event: %s", error)
             raise
         if event is not None and (key := _KEY.fullmatch(event.key)):

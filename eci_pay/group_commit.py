@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 from eci_pay.errors import Busy, Unavailable, apart
-from eci_pay.instruments import batch_rows, batch_waiting
+from eci_pay.instruments import batch_begun, rows_waiting
 
 ASIDE_SECONDS_MAX = 5.0
 """How long a row that has left its batch waits to be written, where its kind has no such bound itself."""
@@ -69,8 +69,7 @@ class GroupCommit(Generic[Row, Result]):
         wait_seconds: float | None = None,
     ) -> None:
         self._write = write
-        self._batch_rows = batch_rows.labels(kind)
-        self._waiting_rows = batch_waiting.labels(kind)
+        self._kind = kind
         self._lanes = lanes
         self._batch_max = batch_max
         self._claims = claims
@@ -101,7 +100,7 @@ class GroupCommit(Generic[Row, Result]):
 
     def measure(self) -> None:
         """Notes how many wait: only now and then, for it changes with every request."""
-        self._waiting_rows.set(len(self._waiting) + self._alone)
+        rows_waiting(self._kind, len(self._waiting) + self._alone)
 
     def _is_full(self) -> bool:
         if self._queue_max is None or len(self._waiting) + self._alone < self._queue_max:
@@ -153,7 +152,7 @@ class GroupCommit(Generic[Row, Result]):
                 later.append(entry)
         self._waiting.extendleft(reversed(later))
         if batch:
-            self._batch_rows.observe(len(batch))
+            batch_begun(self._kind, len(batch))
         return batch
 
     def _has_waited_too_long(self, entry: _Entry[Row, Result]) -> bool:

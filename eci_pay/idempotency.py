@@ -20,7 +20,7 @@ from eci_pay.errors import (
     IdempotencyKeyReused,
     RequestTooLate,
 )
-from eci_pay.instruments import replays
+from eci_pay.instruments import replayed
 from eci_pay.requests import ChargeRequest, Request
 
 KEY_LENGTH_MAX = 255
@@ -101,7 +101,7 @@ def recorded_answer(row: Row, claim: Claim) -> Answer | None:
         raise IdempotencyKeyReused("this Idempotency-Key was used with a different request: use a new key")
     if row["response_body"] is None:
         return None
-    replays.inc()
+    replayed()
     return Answer(
         status_code=row["status_code"],
         body=row["response_body"],

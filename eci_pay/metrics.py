@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from eci_pay.errors import Unavailable
-from eci_pay.instruments import REGISTRY
+from eci_pay.instruments import start_measuring
 from eci_pay.service import PaymentService
 from eci_pay.totals import BookTotals, CurrencyTotal
 
@@ -45,7 +45,7 @@ async def exposition(service: PaymentService) -> bytes:
 def _of_processes() -> bytes:
     """What this process has measured, or all workers of its server."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(REGISTRY)
+        return generate_latest(start_measuring())
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)

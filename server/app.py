@@ -11,6 +11,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eci_pay.background import background_tasks
+from eci_pay.instruments import start_measuring
 from eci_pay.logs import configure_logs
 from eci_pay.service import PaymentService, open_database, payment_service
 from eci_pay.settings import Settings, load_settings
@@ -52,6 +53,8 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> ASGIApp:
     Of Starlette's layers only the router is there: those that turn exceptions into responses cost as much as it, and
     `Requests` does that anyway.
     """
+
+    start_measuring()
 
     @asynccontextmanager
     async def lifespan(_: Router) -> AsyncIterator[dict[str, Any]]:

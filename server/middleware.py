@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.context import begin_subject, bind_origin
-from eci_pay.instruments import request_seconds
+from eci_pay.instruments import request_answered
 from server.headers import header_value, header_values
 from server.problems import http_problem, response_to
 
@@ -77,7 +77,7 @@ def _measure(scope: Scope, status: int, seconds: float) -> None:
     """Under the route's path, as the table has it, for there is no end of those that clients make up."""
     route = scope.get("eci_pay.route")
     method, path = (OTHER, OTHER) if route is None else (scope["method"], route)
-    request_seconds.labels(method, path, status).observe(seconds)
+    request_answered(method, path, status, seconds)
 
 
 class BodyLimit:

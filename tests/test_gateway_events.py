@@ -19,6 +19,7 @@ import httpx
 import pytest
 import stripe
 
+from eci_pay import instruments
 from eci_pay.errors import Unavailable
 from eci_pay.gateways import (
     Approved,
@@ -31,7 +32,7 @@ from eci_pay.gateways import (
     Unknown,
 )
 from eci_pay.gateways.stripe import KEY, RULED_OUT, StripeGateway
-from eci_pay.instruments import REGISTRY, refused_events
+from eci_pay.instruments import start_measuring
 from eci_pay.service import PaymentService
 from eci_pay.settings import Settings
 from tests.door import Door
@@ -194,14 +195,15 @@ def signature(body: bytes, secret: str = WEBHOOK_SECRET, age_seconds: int = 0) -
 
 
 @pytest.fixture(autouse=True)
-def _none_refused() -> None:
-    """The count of the whole process begins anew with each test."""
-    refused_events.reset()
+def _none_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of the process begin anew with each test."""
+    monkeypatch.setattr(instruments, "_instruments", None)
+    start_measuring()
 
 
 def refused() -> float:
     """How many events were refused."""
-    return REGISTRY.get_sample_value("eci_pay_gateway_events_refused_total") or 0
+    return start_measuring().get_sample_value("eci_pay_gateway_events_refused_total") or 0
 
 
 async def send(client: httpx.AsyncClient, body: bytes, signed: str | None = None) -> httpx.Response:
