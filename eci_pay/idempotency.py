@@ -181,6 +181,11 @@ class KeyExpiry:
         rows = await self._database.read("keys_expired_count", {"now": self._clock()})
         return int(rows[0]["expired"])
 
+    async def estimate(self) -> int:
+        """About how many keys there are, finished or not, without counting them."""
+        rows = await self._database.read("keys_estimate")
+        return int(rows[0]["keys"])
+
     async def delete(self, on_progress: Callable[[int], None] = lambda _: None) -> int:
         """Deletes them all; tells the running total after each batch, and at the end returns it."""
         total = 0

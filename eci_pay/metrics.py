@@ -38,7 +38,12 @@ async def exposition(service: PaymentService) -> bytes:
     service.measure()
     metrics: list[Metric] = []
     with suppress(Unavailable):
-        metrics = [*_books(await service.totals.read()), *await _recovery(service), *await _outbox(service)]
+        metrics = [
+            *_books(await service.totals.read()),
+            *await _recovery(service),
+            *await _outbox(service),
+            await _keys(service),
+        ]
     return _of_processes() + generate_latest(_Measured(metrics))
 
 
@@ -130,3 +135,11 @@ async def _outbox(service: PaymentService) -> list[Metric]:
             {peer: each.dead for peer, each in stats.items()},
         ),
     ]
+
+
+async def _keys(service: PaymentService) -> Metric:
+    return GaugeMetricFamily(
+        "eci_pay_idempotency_keys_estimate",
+        "About how many idempotency keys there are, as the database last estimated",
+        value=await service.keys.estimate(),
+    )

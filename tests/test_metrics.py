@@ -128,6 +128,14 @@ async def test_messages_that_wait_and_dead_ones_are_measured(
     assert found['eci_pay_outbox_oldest_pending_seconds{peer="inventory"}'] == 0
 
 
+async def test_the_keys_are_estimated_not_counted(api: httpx.AsyncClient, books: Books) -> None:
+    assert (await scraped(api))["eci_pay_idempotency_keys_estimate"] == 0
+    for order_id in (1, 2):
+        assert (await charge(api, order_id, key=f"k{order_id}")).status_code == 201
+    await books.rows("ANALYZE idempotency_keys")
+    assert (await scraped(api))["eci_pay_idempotency_keys_estimate"] == 2
+
+
 async def test_several_workers_tell_of_all_of_them(command_line: CommandLine) -> None:
     async with serving(command_line, workers=2) as server:
         name = 'eci_pay_http_request_duration_seconds_count{method="POST",route="/v1/payments/charge",status="201"}'
