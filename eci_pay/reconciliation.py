@@ -118,9 +118,10 @@ class Reconciliation:
         unsettled, more = await self.checks.unsettled()
         asked = await self._ask(unsettled, self.looks.outcome)
         found = Found()
-        unknown = [each for each in asked if self._is_fault(each)]
-        for each in unknown:
-            found.add(_unknown(each))
+        for each in asked:
+            if self._is_fault(each):
+                found.add(_unknown(each))
+        in_time = len(asked) - found.counts[Check.OUTCOME_UNKNOWN]
         found.counts[Check.OUTCOME_UNKNOWN] += more
         dead = await self._dead_messages()
         compared = await self._compare(job, watch, found, started_at)
@@ -142,10 +143,10 @@ class Reconciliation:
             differences=compared.differences,
             fault_counts={check: count for check, count in found.counts.items() if count},
             faults=tuple(found.faults),
-            open_in_time=len(asked) - len(unknown),
+            open_in_time=in_time,
             warnings=() if matched is None else _warnings(matched, job, started_at),
         )
-        settles = [repair for each in asked if (repair := _settle(each, each in unknown, compared.open_lines))]
+        settles = [repair for each in asked if (repair := _settle(each, self._is_fault(each), compared.open_lines))]
         return report, [*settles, *await self._late_refunds(compared.late_refunds), *dead]
 
     async def repair(
@@ -227,7 +228,8 @@ class Reconciliation:
             connection,
             Period(start=start, end=end),
             lines=lines,
-            made_at=job.made_at or now,
+            # A time before the period is not the file's: somebody has unpacked or copied it with another.
+            made_at=job.made_at if job.made_at and job.made_at > start else now,
             now=now,
             unknown_max=timedelta(seconds=self.schedule.alert),
         )
@@ -334,7 +336,7 @@ def _counts(matched: Matched | None, found: Found) -> dict[str, Any]:
             }
             for each in (matched.sums if matched else ())
         ],
-        "faults": {check.value: count for check, count in found.counts.items()},
+        "faults": {check.value: count for check, count in found.counts.items() if count},
     }
 
 

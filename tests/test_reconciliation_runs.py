@@ -151,6 +151,16 @@ async def test_a_file_need_not_have_what_happened_after_it_was_made(
     assert counts(report) == {"matched": 2}
 
 
+async def test_a_files_time_before_the_period_is_not_believed(
+    service: PaymentService, books: Books, clock: ManualClock
+) -> None:
+    first = await paid_at(service, books, clock, NOON, 1)
+    await paid_at(service, books, clock, NOON, 2)
+    job = Job(operator="olga", file=settlement([first]), made_at=DAY - timedelta(hours=1))
+    report, _ = await service.reconciliation.run(job, Watch())
+    assert counts(report) == {"matched": 1, "missing_at_gateway": 1}
+
+
 async def test_a_few_lines_of_another_day_do_not_widen_the_period(
     service: PaymentService, books: Books, clock: ManualClock
 ) -> None:
