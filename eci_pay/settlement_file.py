@@ -9,7 +9,7 @@
 | `currency` | ISO 4217 |
 | `fee` | as `amount`, but may be 0, negative (a credit) or left out |
 | `status` | one of the words of `STATUS_WORDS` |
-| `settled_at` | ISO 8601 with a zone, from 2000 to 2100 |
+| `settled_at` | ISO 8601, from 2000 to 2100; UTC where it has no zone |
 
 Surrounding spaces do not matter, nor does the letter case of type, currency and status. Trailing zeros are no decimals.
 In JSON Lines an amount is a number or a string.
@@ -111,12 +111,18 @@ def copy_lines(file: TableFile) -> Iterator[str]:
             except _Fault as fault:
                 raise file.fault(str(fault), line=row[0], column=fault.column) from None
         yield "".join(texts)
+    if copied.zoneless_line is not None:
+        if file.ends_within(copied.zoneless_line):
+            raise file.fault("has no zone", line=copied.zoneless_line, column="settled_at")
+        file.warnings.append(f"{file.name}: settled_at has no zone in some lines; it was read as UTC")
 
 
 class _Copied:
     """Validates rows; remembers the days and currencies of those before, which are few."""
 
     def __init__(self) -> None:
+        self.zoneless_line: int | None = None
+        """The last one whose instant has no zone."""
         self._days: set[str] = set()
         self._currencies: dict[str, tuple[str, int]] = {}
 
@@ -129,7 +135,7 @@ class _Copied:
             f"\t{_name(transaction_id, 'transaction_id', TRANSACTION_ID_LENGTH_MAX)}"
             f"\t{_word(operation, 'type', _OPERATIONS)}"
             f"\t{_amount(amount, code, decimals)}\t{code}\t{_fee(fee, code, decimals)}"
-            f"\t{_word(status, 'status', _STATUSES)}\t{self._instant(settled_at)}\n"
+            f"\t{_word(status, 'status', _STATUSES)}\t{self._instant(settled_at, line)}\n"
         )
 
     def _currency(self, value: object) -> tuple[str, int]:
@@ -144,12 +150,14 @@ class _Copied:
             known = self._currencies[text] = code, min(currency_exponents()[code], DECIMALS_MAX)
         return known
 
-    def _instant(self, value: object) -> str:
+    def _instant(self, value: object, line: int) -> str:
         text = _string(value, "settled_at")
         usual = _USUAL_INSTANT.fullmatch(text)
         if usual and usual[1] in self._days:
             return text
-        instant = _parsed_instant(text)
+        instant, has_zone = _parsed_instant(text)
+        if not has_zone:
+            self.zoneless_line = line
         if usual:
             self._days.add(usual[1])
         return instant.isoformat()
@@ -225,21 +233,20 @@ def _amount_text(value: object, column: str) -> str:
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
-def _parsed_instant(text: str) -> datetime:
+def _parsed_instant(text: str) -> tuple[datetime, bool]:
+    """In UTC, and whether it says so: a date is its midnight, and what has no zone is taken for UTC."""
     try:
         instant = datetime.fromisoformat(text)
     except ValueError:
         raise _Fault("settled_at", f"{shown(text)} is no ISO 8601 instant, such as 2026-11-22T10:15:30Z") from None
-    if instant.tzinfo is None:
-        lacks = "time and no zone" if len(text) <= len("2026-11-22") else "zone, such as Z or +05:30"
-        raise _Fault("settled_at", f"{shown(text)} has no {lacks}")
+    has_zone = instant.tzinfo is not None
     try:
-        utc = instant.astimezone(UTC)
+        utc = instant.astimezone(UTC) if has_zone else instant.replace(tzinfo=UTC)
     except OverflowError:
         utc = instant
     if not YEAR_MIN <= utc.year <= YEAR_MAX:
         raise _Fault("settled_at", f"{shown(text)} is not in the years {YEAR_MIN} to {YEAR_MAX}")
-    return utc
+    return utc, has_zone
 
 
 def write_settlement(lines: Iterable[SettlementLine], file_format: FileFormat) -> Iterator[str]:

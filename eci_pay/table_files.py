@@ -108,9 +108,13 @@ class TableFile:
                 self._refuse("the last line does not end with a newline: is the file cut off?")
             self.warnings.append(f"{self.name}: the last line does not end with a newline; it was read as complete")
 
+    def ends_within(self, line: int) -> bool:
+        """Whether the file ends in that line, without a newline: so it may have been cut off."""
+        return line == self._half_line
+
     def fault(self, message: str, *, line: int, column: str | None = None) -> FileInvalid:
         """The error of a value in the file."""
-        if line == self._half_line:
+        if self.ends_within(line):
             message += " (the file ends there, without a newline)"
         return FileInvalid(self.name, (FileFault(message=message, line=line, column=column),))
 
