@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from time import perf_counter
 from types import TracebackType
 from typing import TypeVar, assert_never
 
@@ -225,12 +226,12 @@ class GatewayCalls:
                 return Unknown(message=f"The gateway cannot be reached: {error}"[:MESSAGE_LENGTH_MAX])
 
     async def _measured(self, operation: str, ask: Callable[[], Awaitable[Answered]]) -> Answered:
-        started, outcome = time.perf_counter(), "unavailable"
+        started, outcome = perf_counter(), "unavailable"
         try:
             answer = await self._answer(ask)
             outcome = _OUTCOMES[type(answer)]
         finally:
-            gateway_answered(operation, outcome, time.perf_counter() - started)
+            gateway_answered(operation, outcome, perf_counter() - started)
         return answer
 
     async def _answer(self, ask: Callable[[], Awaitable[Answered]]) -> Answered:
