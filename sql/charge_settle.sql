@@ -66,6 +66,7 @@ told AS (
     FROM applied
     JOIN locked l USING (n)
     JOIN message m USING (n)
+    ORDER BY l.order_id, m.number
 ),
 -- A released key is kept as finished and long expired: the next request with it starts anew.
 -- An answer that comes late, by way of recovery, can be replayed for a whole lifetime all the same; to move every

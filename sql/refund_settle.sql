@@ -91,6 +91,7 @@ told AS (
     JOIN locked l USING (n)
     JOIN message m USING (n)
     WHERE l.refunded_in_full OR m.number <= l.message_count
+    ORDER BY l.order_id, m.number
 ),
 counted AS (
     INSERT INTO total_changes (metric, label, count, amount)
