@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.charges import Charging
-from benchmarks.scale import CONNECTIONS, KEYS, KEYS_TABLE, Scale
+from benchmarks.scale import CONNECTIONS, Scale
 from benchmarks.stage import COMMAND, Template
 from eci_pay.database import connect
 from eci_pay.embedded import embedded_url
@@ -81,17 +81,7 @@ PLANTED = {
 class Reconciling(Scale):
     """A database with a day's payments, and the gateway's file of that day."""
 
-    async def load(self, payments: int) -> None:
-        """Copies them in."""
-        for table, query in LOADS.items():
-            await self._copy(table, query.format(payments=payments))
-        await self._copy(KEYS_TABLE, KEYS.format(name="live", keys=payments, expires_in="20 days"))
-        async with await connect(self.url) as connection:
-            await connection.execute(
-                b"SELECT setval(pg_get_serial_sequence('payments', 'payment_id'), max(payment_id)) FROM payments"
-            )
-            await connection.execute(b"VACUUM (FREEZE, ANALYZE)")
-            await connection.execute(b"CHECKPOINT")
+    loads = LOADS
 
     async def write_file(self, path: Path) -> None:
         """The gateway's."""

@@ -95,9 +95,11 @@ def _chosen(filter_: str, chance: random.Random) -> dict[str, str]:
 class Scale(Charging):
     """A database with many payments."""
 
+    loads = LOADS
+
     async def load(self, payments: int) -> None:
         """Copies them in, and lets the planner know."""
-        for table, query in LOADS.items():
+        for table, query in self.loads.items():
             await self._copy(table, query.format(payments=payments))
         await self._copy(KEYS_TABLE, KEYS.format(name="live", keys=payments, expires_in="20 days"))
         async with await connect(self.url) as connection:

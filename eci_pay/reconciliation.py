@@ -149,12 +149,10 @@ class Reconciliation:
         settles = [repair for each in asked if (repair := _settle(each, self._is_fault(each), compared.open_lines))]
         return report, [*settles, *await self._late_refunds(compared.late_refunds), *dead]
 
-    async def repair(
-        self, report: Report, repairs: Sequence[Repair], on_made: Callable[[], None] = lambda: None
-    ) -> list[Repaired]:
+    async def repair(self, report: Report, repairs: Sequence[Repair]) -> list[Repaired]:
         """Makes the repairs of a run; the audit trail names the run and its operator."""
         with acting_for(f"reconciliation {report.run_id} of {report.operator}"):
-            made = await Repairs(looks=self.looks, outbox=self.outbox).make(repairs, on_made)
+            made = await Repairs(looks=self.looks, outbox=self.outbox).make(repairs)
         repaired = {"run_id": report.run_id, "repaired": sum(each.findings for each in made)}
         try:
             await self.database.fetch("reconciliation_repaired", repaired)

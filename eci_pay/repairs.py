@@ -5,7 +5,7 @@ them deletes anything or moves money.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -73,7 +73,7 @@ class Repairs:
     looks: Looks
     outbox: Outbox
 
-    async def make(self, repairs: Sequence[Repair], on_made: Callable[[], None] = lambda: None) -> list[Repaired]:
+    async def make(self, repairs: Sequence[Repair]) -> list[Repaired]:
         """One after the other; one that fails does not keep the others from being made."""
         made = []
         for repair in repairs:
@@ -83,7 +83,6 @@ class Repairs:
             except Exception as error:  # whatever it is: the others are certain, too
                 _log.exception("cannot %s", repair)
                 made.append(Repaired(repair=repair, findings=0, left=str(error)))
-            on_made()
         return made
 
     async def _made(self, repair: Repair) -> Repaired:
