@@ -36,6 +36,7 @@ BEGIN_VALUES = {
     "caller": "''",
     "request_hash": f"'{'0' * 64}'",
     "expires_at": "now() + interval '24 hours'",
+    "actor": "NULL",
 }
 SETTLE_VALUES = {
     "n": "0",
@@ -58,6 +59,7 @@ SETTLE_VALUES = {
     "message_count": "2",
     "request_id": f"'{'0' * 32}'",
     "traceparent": "NULL",
+    "actor": "NULL",
 }
 MESSAGE_VALUES = {
     "message_n": ("0", "0"),

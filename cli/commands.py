@@ -38,6 +38,7 @@ COMMANDS = {
         "cli.demo",
         "Place orders, charge, retry, decline, refund, reconcile: on a database of its own, dropped at the end.",
     ),
+    "api-key": ("cli.api_keys", "API keys: who may call the HTTP API, and what for."),
     "outbox": ("cli.outbox", "Messages to other services, and their delivery."),
     "settlement": ("cli.settlement", "Settlement files of the simulated gateway."),
 }

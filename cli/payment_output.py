@@ -1,6 +1,6 @@
 """A payment on the terminal: its facts, and its history as a timeline."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eci_pay.views import MessageView, PaymentMessages, PaymentView
 
 SHORT_SECONDS = 60
+NOBODY: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,22 +29,43 @@ class Moment:
     description: str | None = None
 
 
-def print_payment(view: "PaymentView", messages: "PaymentMessages | None" = None) -> None:
-    """A payment with its history, and what others were told of it where that is known."""
+def print_payment(view: "PaymentView") -> None:
+    """A payment with its history."""
     if output.Mode.json:
-        output.print_json({**view.model_dump(mode="json"), **(messages.model_dump(mode="json") if messages else {})})
+        output.print_json(view.model_dump(mode="json"))
         return
     out = output.console()
     out.print(output.facts(_facts(view), title=f"Payment {view.payment_id}"))
-    out.print(_timeline(moments(view, messages.messages if messages else ())))
-    if messages and messages.messages_left_out:
+    out.print(_timeline(moments(view)))
+
+
+def print_story(view: "PaymentView", messages: "PaymentMessages", actors: dict[int, str]) -> None:
+    """A payment with its history, what others were told of it, and who made its changes where that is known."""
+    if output.Mode.json:
+        told = {**view.model_dump(mode="json"), **messages.model_dump(mode="json")}
+        for transaction in told["transactions"]:
+            transaction["actor"] = actors.get(transaction["transaction_log_id"])
+        output.print_json(told)
+        return
+    out = output.console()
+    out.print(output.facts(_facts(view), title=f"Payment {view.payment_id}"))
+    out.print(_timeline(moments(view, messages.messages, actors)))
+    if messages.messages_left_out:
         output.note(f"and {output.counted(messages.messages_left_out, 'message')} more, earlier ones")
 
 
-def moments(view: "PaymentView", messages: "Iterable[MessageView]") -> list[Moment]:
+def moments(
+    view: "PaymentView", messages: "Iterable[MessageView]" = (), actors: Mapping[int, str] = NOBODY
+) -> list[Moment]:
     """All that is known to have happened, in the order of time."""
     found = [
-        Moment(at=t.created_at, what=t.transaction_type, amount=t.amount, status=t.status, description=t.description)
+        Moment(
+            at=t.created_at,
+            what=t.transaction_type,
+            amount=t.amount,
+            status=t.status,
+            description=_by(t.description, actors.get(t.transaction_log_id)),
+        )
         for t in view.transactions
     ]
     for r in view.refunds:
@@ -53,6 +75,10 @@ def moments(view: "PaymentView", messages: "Iterable[MessageView]") -> list[Mome
     for message in messages:
         found += _deliveries(message)
     return sorted(found, key=lambda moment: moment.at)
+
+
+def _by(description: str | None, actor: str | None) -> str | None:
+    return f"{description or ''} by {actor}" if actor else description
 
 
 def _deliveries(message: "MessageView") -> Iterator[Moment]:

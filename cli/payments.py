@@ -11,7 +11,7 @@ import typer
 from cli import output
 from cli.bulk import BatchOption, BatchOptions, ConcurrencyOption, DryRunOption, ResultsOption, run_batch
 from cli.output import JsonOption
-from cli.payment_output import print_payment
+from cli.payment_output import print_payment, print_story
 from cli.prompts import confirm
 from cli.runtime import run_use_case
 from eci_pay import errors
@@ -147,21 +147,23 @@ def show(
     match payment_id, order, transaction:
         case str(), None, None:
             number = parse_payment_id(payment_id)
-            view, messages = run_use_case(lambda service: _told(service, service.payments.by_id(number)))
+            story = run_use_case(lambda service: _told(service, service.payments.by_id(number)))
         case None, str(), None:
             order_number = parse_order_id(order)
-            view, messages = run_use_case(lambda service: _told(service, service.payments.by_order(order_number)))
+            story = run_use_case(lambda service: _told(service, service.payments.by_order(order_number)))
         case None, None, str(given):
-            view, messages = run_use_case(lambda service: _told(service, service.payments.by_transaction(given)))
+            story = run_use_case(lambda service: _told(service, service.payments.by_transaction(given)))
         case _:
             raise errors.InvalidRequest("give one of PAYMENT_ID, --order and --transaction")
-    print_payment(view, messages)
+    print_story(*story)
 
 
-async def _told(service: "PaymentService", read: "Awaitable[PaymentView]") -> "tuple[PaymentView, PaymentMessages]":
-    """A payment, and what others are told of it."""
+async def _told(
+    service: "PaymentService", read: "Awaitable[PaymentView]"
+) -> "tuple[PaymentView, PaymentMessages, dict[int, str]]":
+    """A payment, what others are told of it, and who made its changes."""
     view = await read
-    return view, await service.outbox.of_payment(view.payment_id)
+    return view, await service.outbox.of_payment(view.payment_id), await service.payments.actors(view.payment_id)
 
 
 def list_payments(

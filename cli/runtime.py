@@ -30,7 +30,7 @@ def settings_of_command() -> "Settings":
     settings = load_settings()
     level = settings.log_level if "log_level" in settings.model_fields_set else "WARNING"
     configure_logs(level, settings.eci_pay_log_format)
-    bind_origin(None)
+    bind_origin(None, actor=f"operator:{operator()}")
     return settings
 
 

@@ -20,9 +20,10 @@ def serve(
 ) -> None:
     """Serve the HTTP API until SIGTERM, then finish what has begun."""
     from eci_pay.service import open_database
-    from server.run import run_server
+    from server.run import check_access, run_server
 
     settings = settings_of_server()
+    check_access(settings.eci_pay_auth, host)
     run(open_database(settings))  # says what is wrong before any worker starts
     try:
         run_server(settings, host=host, port=port, workers=workers)

@@ -8,7 +8,7 @@ from typing import Any
 from eci_pay import identifiers
 from eci_pay.answers import Answer, created
 from eci_pay.batches import BeginResult, BeginStatements, begin, lock_wait, rounds, settle, standing
-from eci_pay.context import Origin, current_origin
+from eci_pay.context import Origin, current_actor, current_origin
 from eci_pay.database import Connection, Database, Row, arrays
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
@@ -35,6 +35,7 @@ class ChargeBegin:
     begin_id: str
     reference: str
     at: datetime
+    actor: str | None = field(default_factory=current_actor)
 
     @classmethod
     def of(
@@ -76,6 +77,7 @@ class ChargeBegin:
             "caller": self.claim.caller,
             "request_hash": self.claim.request_hash,
             "expires_at": self.at + KEY_LIFETIME,
+            "actor": self.actor,
         }
 
     def claims(self) -> tuple[Hashable, ...]:
@@ -142,6 +144,7 @@ class ChargeSettlement:
             "message_count": len(self.messages),
             "request_id": self.origin.request_id or None,
             "traceparent": self.origin.traceparent,
+            "actor": self.origin.actor,
         }
 
 

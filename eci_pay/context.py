@@ -1,12 +1,12 @@
-"""What belongs to the request at hand and travels with its task: the request id, the trace it is part of, the payment
-it is about, and on whose behalf the books are changed where that is not the customer's."""
+"""What belongs to the request at hand and travels with its task: the request id, the trace it is part of, who makes
+it, the payment it is about, and on whose behalf the books are changed where that is not the customer's."""
 
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 REQUEST_ID_LENGTH_MAX = 128
 
@@ -20,6 +20,8 @@ class Origin:
 
     request_id: str = ""
     traceparent: str | None = None
+    actor: str | None = None
+    """Who makes it, as the audit trail names them; None where nobody knows."""
 
     @property
     def trace_id(self) -> str:
@@ -52,12 +54,17 @@ def current_origin() -> Origin:
     return _origin.get()
 
 
+def current_actor() -> str | None:
+    """Who makes the request at hand; None where nobody knows."""
+    return _origin.get().actor
+
+
 def current_request_id() -> str:
     """The id of the request at hand; empty where there is none."""
     return _origin.get().request_id
 
 
-def bind_origin(request_id: str | None, traceparent: str | None = None) -> str:
+def bind_origin(request_id: str | None, traceparent: str | None = None, *, actor: str | None = None) -> str:
     """Takes over the caller's id if it is printable ASCII of a sane length, else makes one; returns it.
 
     A `traceparent` that W3C Trace Context calls invalid is ignored, as it says.
@@ -67,8 +74,13 @@ def bind_origin(request_id: str | None, traceparent: str | None = None) -> str:
     )
     bound = request_id if request_id and usable else uuid.uuid4().hex
     valid = traceparent is not None and _TRACEPARENT.fullmatch(traceparent) is not None
-    _origin.set(Origin(bound, traceparent if valid else None))
+    _origin.set(Origin(bound, traceparent if valid else None, actor))
     return bound
+
+
+def act_as(actor: str) -> None:
+    """From here on it is known who makes the request."""
+    _origin.set(replace(_origin.get(), actor=actor))
 
 
 def continue_origin(request_id: str | None, traceparent: str | None) -> None:

@@ -9,7 +9,12 @@ PayError
 │   ├── IdempotencyKeyReused
 │   ├── EventRefused
 │   └── FileInvalid                 carries one `FileFault` per fault, with its line and column
+├── AccessRefused
+│   ├── Unauthorized
+│   ├── Forbidden
+│   └── RateLimited                 carries after how many seconds to come again
 ├── NotFound
+│   ├── ApiKeyNotFound
 │   ├── PaymentNotFound
 │   ├── MessageNotFound
 │   └── RecoveryNotFound
@@ -154,10 +159,52 @@ class FileInvalid(InvalidRequest):
         }
 
 
+class AccessRefused(PayError):
+    """Access is refused"""
+
+    code = "access-refused"
+
+
+class Unauthorized(AccessRefused):
+    """A valid API key is required"""
+
+    code = "unauthorized"
+
+    def __init__(self, detail: str, *, key_was_given: bool) -> None:
+        super().__init__(detail)
+        self.key_was_given = key_was_given
+
+
+class Forbidden(AccessRefused):
+    """The API key does not have the scope that this wants"""
+
+    code = "forbidden"
+
+    def __init__(self, detail: str, *, wanted: str) -> None:
+        super().__init__(detail)
+        self.wanted = wanted
+
+
+class RateLimited(AccessRefused):
+    """The caller sends too many requests"""
+
+    code = "rate-limited"
+
+    def __init__(self, detail: str, *, retry_after_seconds: int) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class NotFound(PayError):
     """There is no such thing"""
 
     code = "not-found"
+
+
+class ApiKeyNotFound(NotFound):
+    """There is no such API key"""
+
+    code = "api-key-not-found"
 
 
 class PaymentNotFound(NotFound):

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from eci_pay.charge_settling import ChargeSettling
+from eci_pay.context import act_as
 from eci_pay.database import Database
 from eci_pay.errors import EventRefused, PaymentNotFound, Unavailable
 from eci_pay.gateway_calls import GatewayCalls
@@ -21,6 +22,9 @@ from eci_pay.views import PaymentView
 
 _KEY = re.compile(r"(?P<transaction_id>TXN[0-9A-Z]{26})-(?P<refund>R?)(?P<number>[0-9]{1,18})")
 """What `charge_key` and `refund_key` make."""
+
+ACTOR = "gateway"
+"""As the audit trail names it."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class GatewayEvents:
             event_refused()
             _log.warning("refused an event: %s", error)
             raise
+        act_as(ACTOR)
         if event is not None and (key := _KEY.fullmatch(event.key)):
             await self._book(event, key["transaction_id"], int(key["number"]), of_refund=bool(key["refund"]))
 

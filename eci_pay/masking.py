@@ -24,7 +24,7 @@ _PUBLIC_NAMES = {"authorization_code"}
 """The gateway's reference of a payment."""
 
 _SUSPICIOUS = re.compile(
-    "pass|pwd|secret|whsec_|token|tok_|pm_|auth|bearer|basic|credential|cookie|signature|key|k_live|k_test|cvv|cvc|cvn"
+    "pass|pwd|secret|whsec_|ecipay_|token|tok_|pm_|auth|bearer|basic|credential|cookie|signature|key|k_live|k_test|cvv|cvc|cvn"
     "|security|card|pan|pin|tel|[@+]|mail|phone|mobile|msisdn|eyj"
     r"|[0-9](?:[ -]?[0-9]){12}|[0-9]{3}\)? ?-?[0-9]{3}[ -][0-9]{4}|[0-9]{5}[ -][0-9]{5}"
 )
@@ -44,7 +44,7 @@ _CVV = re.compile(r"\b(cvv2?|cvc2?|cvn|security code)\b(\W{0,3}(?:is |was )?\W{0
 _SCHEME = re.compile(r"\b(bearer|basic)(\s+)[^\s\"',;]+", re.IGNORECASE)
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9])(?:(?:sk|rk|pk)_(?:live|test)_\w+|whsec_[\w+/=-]+|(?:pm|tok)_\w+|\b\w{1,100}?_secret_\w+"
-    r"|eyJ[\w-]+\.[\w-]+\.[\w-]*)"
+    r"|ecipay_[0-9a-z]+_[\w-]+|eyJ[\w-]+\.[\w-]+\.[\w-]*)"
 )
 _URL_PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):\S{0,2000}@")
 _EMAIL = re.compile(r"(?<!//)(?<![\w.+%'-])[\w.+%'-]+@(?:[\w-]+\.)*[\w-]+")

@@ -18,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlmodel import Field, SQLModel
 
 
@@ -135,6 +135,7 @@ class Transaction(SQLModel, table=True):
     status: str = Field(max_length=20)
     description: str | None = Field(default=None, max_length=500)
     created_at: datetime = _instant()
+    actor: str | None = Field(default=None, max_length=200)
 
 
 class Refund(SQLModel, table=True):
@@ -355,6 +356,29 @@ class BulkRun(SQLModel, table=True):
     last_operator: str = Field(max_length=100)
     last_started_at: datetime = Field(sa_type=TIMESTAMP(timezone=True))
     runs: int = Field(default=1, sa_column_kwargs={"server_default": text("1")})
+
+
+class ApiKeyRecord(SQLModel, table=True):
+    """An API key, without its secret."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        UniqueConstraint("key_id", name="idx_api_keys_key_id"),
+        CheckConstraint("name <> ''", name="api_keys_name_given"),
+        CheckConstraint("cardinality(scopes) > 0", name="api_keys_scopes_given"),
+        CheckConstraint("octet_length(secret_hash) = 32", name="api_keys_secret_hash_length"),
+    )
+
+    api_key_id: int | None = _id()
+    key_id: str = Field(max_length=20)
+    name: str = Field(max_length=64)
+    scopes: list[str] = Field(sa_type=ARRAY(Text))  # type: ignore[call-overload]
+    secret_hash: bytes
+    created_by: str | None = Field(default=None, max_length=200)
+    created_at: datetime = _instant()
+    expires_at: datetime | None = _instant_or_none()
+    revoked_at: datetime | None = _instant_or_none()
+    last_used_at: datetime | None = _instant_or_none()
 
 
 _METRICS = "metric IN ('status', 'method', 'completed', 'failed', 'refunds', 'errors')"

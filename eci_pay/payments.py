@@ -54,6 +54,12 @@ class Payments:
             raise PaymentNotFound("there is no payment with this transaction_id")
         return await self.by_id(found)
 
+    async def actors(self, payment_id: int) -> dict[int, str]:
+        """Who made the changes of a payment, by `transaction_log_id`, as far as that is known. For operators: callers
+        are not told of each other."""
+        rows = await self._database.read("audit_actors", {"payment_id": payment_id})
+        return {row["transaction_log_id"]: row["actor"] for row in rows}
+
     async def page(self, request: ListRequest) -> PaymentPage:
         """One page of payments, newest first, without their histories."""
         from eci_pay.listing import count_statement, page_statement

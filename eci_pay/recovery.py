@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from eci_pay.context import begin_subject, bind_origin
+from eci_pay.context import begin_subject, bind_origin, current_actor
 from eci_pay.database import Database, Row
 from eci_pay.errors import Unavailable
 from eci_pay.gateway_calls import LOOKS_AT_ONCE_MAX
@@ -27,6 +27,8 @@ LOOKS_APART_SECONDS = 2.0
 REQUEST_WAITS_SECONDS_MAX = 2.0
 """How long a request waits for a look that it asks for."""
 OPEN_SHOWN_MAX = 1000
+ACTOR = "recovery"
+"""As the audit trail names it where nobody has asked for a look."""
 CLOCK_TOLERANCE = timedelta(minutes=1)
 """How far ahead of ours another process's clock may be before what it began is found without waiting."""
 ALERT_INTERVAL_SECONDS = 60.0
@@ -202,7 +204,7 @@ class Recovery:
 
     async def _look(self, leased: Leased, *, is_due: bool) -> Look | None:
         """Looks, and schedules the next look; None where that failed: its lease ends, and somebody looks again."""
-        bind_origin(None)
+        bind_origin(None, actor=current_actor() or ACTOR)
         begin_subject(payment_id=leased.payment_id, refund_id=leased.refund_id)
         try:
             return await self._look_and_mark(leased, is_due=is_due)

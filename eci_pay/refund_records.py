@@ -8,7 +8,7 @@ from typing import Any
 from eci_pay import identifiers
 from eci_pay.answers import Answer
 from eci_pay.batches import BeginResult, BeginStatements, begin, lock_wait, rounds, settle, standing
-from eci_pay.context import Origin, current_origin
+from eci_pay.context import Origin, current_actor, current_origin
 from eci_pay.database import Connection, Database, Row, arrays, fetch
 from eci_pay.errors import InvalidState, PayError, PaymentNotFound, RefundExceedsBalance, ValidationFailed
 from eci_pay.idempotency import KEY_LIFETIME, Claim, Finish, finish, is_expired
@@ -31,6 +31,7 @@ class RefundBegin:
     claim: Claim
     begin_id: str
     at: datetime
+    actor: str | None = field(default_factory=current_actor)
 
     @classmethod
     def of(cls, payment_id: int, request: RefundRequest, claim: Claim, at: datetime) -> "RefundBegin":
@@ -56,6 +57,7 @@ class RefundBegin:
             "caller": self.claim.caller,
             "request_hash": self.claim.request_hash,
             "expires_at": self.at + KEY_LIFETIME,
+            "actor": self.actor,
         }
 
     def claims(self) -> tuple[Hashable, ...]:
@@ -131,6 +133,7 @@ class RefundSettlement:
             "message_count_in_full": len(self.messages),
             "request_id": self.origin.request_id or None,
             "traceparent": self.origin.traceparent,
+            "actor": self.origin.actor,
         }
 
 

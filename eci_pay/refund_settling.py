@@ -9,7 +9,7 @@ from typing import assert_never
 
 from eci_pay import answers, idempotency
 from eci_pay.answers import Answer
-from eci_pay.context import know, on_behalf
+from eci_pay.context import current_actor, know, on_behalf
 from eci_pay.database import Database, Row
 from eci_pay.gateways import Approved, Declined, Outcome, Unknown
 from eci_pay.group_commit import GroupCommit
@@ -72,6 +72,7 @@ class RefundSettling:
             "refund_id": refund_id,
             "at": self.clock(),
             "description": f"Refund turned up at the gateway{on_behalf()}",
+            "actor": current_actor(),
         }
         rows = await self.database.fetch("refund_reopen", params)
         if rows:

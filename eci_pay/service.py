@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from eci_pay.access import ApiKeys
 from eci_pay.book_checks import BookChecks
 from eci_pay.charge_records import ChargeBegin, ChargeSettlement, begin_charges, record_pending, settle_charges
 from eci_pay.charge_settling import ChargeSettling
@@ -65,6 +66,7 @@ class PaymentService:
     recovery: Recovery
     reconciliation: Reconciliation
     totals: Totals
+    api_keys: ApiKeys
     gateway_events: GatewayEvents
     settlements: SettlementExport
     groups: "_Groups"
@@ -207,6 +209,12 @@ async def payment_service(
                 clock=clock,
             ),
             totals=Totals(database=database),
+            api_keys=ApiKeys(
+                database,
+                pepper=settings.api_key_pepper,
+                remember_seconds=settings.eci_pay_api_key_remember_seconds,
+                clock=clock,
+            ),
             gateway_events=GatewayEvents(
                 database=database,
                 gateway=calls,

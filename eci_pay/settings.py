@@ -150,6 +150,20 @@ class Settings(BaseSettings):
     eci_pay_recovery_alert_seconds: Annotated[float, Field(gt=0, le=30 * SECONDS_MAX)] = 900.0
     """How long something may be unknown before the operator is told."""
 
+    eci_pay_auth: Literal["on", "off"] | None = None
+    """Whether requests need API keys; unset, `serve` asks for none on loopback, and refuses every other address."""
+    eci_pay_api_key_pepper: Secret | None = None
+    """Goes into the hashes of API keys, so that a copy of the table does not suffice to make one: every process that
+    makes or takes keys needs the same."""
+    eci_pay_api_key_pepper_file: SecretFile | None = None
+    """The name of a file that holds it; this is what it holds."""
+    eci_pay_api_key_remember_seconds: SecondsOrZero = 10.0
+    """How long a process remembers an API key; one that is revoked may be taken for as long."""
+
+    eci_pay_caller_requests_per_second: Annotated[float, Field(ge=0, le=1_000_000)] = 1000.0
+    """How many requests one process takes of one caller, by the name of its API key; 0 is no limit. Where access is not
+    controlled, callers cannot be told apart."""
+
     eci_pay_body_max_bytes: int = Field(default=65_536, ge=1024)
     """The largest request body."""
     eci_pay_shutdown_timeout_seconds: int = Field(default=30, ge=1)
@@ -194,10 +208,14 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _stripe_has_its_secrets(self) -> "Settings":
-        for name in ("eci_pay_stripe_secret_key", "eci_pay_stripe_webhook_secret"):
+    def _secrets_are_given_once(self) -> "Settings":
+        for name in ("eci_pay_api_key_pepper", "eci_pay_stripe_secret_key", "eci_pay_stripe_webhook_secret"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 raise ValueError(f"{name.upper()}: is given, and so is {name.upper()}_FILE")
+        return self
+
+    @model_validator(mode="after")
+    def _stripe_has_its_secrets(self) -> "Settings":
         if self.eci_pay_gateway == "stripe" and self.stripe_secret_key is None:
             raise ValueError("ECI_PAY_STRIPE_SECRET_KEY: ECI_PAY_GATEWAY=stripe needs it, or ..._FILE")
         return self
@@ -211,6 +229,12 @@ class Settings(BaseSettings):
     def stripe_webhook_secret(self) -> SecretStr | None:
         """From the environment or the file."""
         return self.eci_pay_stripe_webhook_secret or self.eci_pay_stripe_webhook_secret_file
+
+    @property
+    def api_key_pepper(self) -> str:
+        """From the environment or the file; empty where there is none."""
+        pepper = self.eci_pay_api_key_pepper or self.eci_pay_api_key_pepper_file
+        return pepper.get_secret_value() if pepper else ""
 
     def embedded_data_dir(self) -> Path:
         """The directory of the embedded PostgreSQL.

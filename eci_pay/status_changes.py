@@ -88,6 +88,7 @@ class StatusChanges:
                     "message_count": len(messages),
                     "request_id": origin.request_id or None,
                     "traceparent": origin.traceparent,
+                    "actor": origin.actor,
                     **message_arrays([messages]),
                 },
             )

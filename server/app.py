@@ -13,8 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from eci_pay.background import background_tasks
 from eci_pay.instruments import start_measuring
 from eci_pay.logs import configure_logs
+from eci_pay.rate_limit import RateLimit
 from eci_pay.service import PaymentService, open_database, payment_service
 from eci_pay.settings import Settings, load_settings
+from server.access import AccessControl
 from server.middleware import BodyLimit, Requests
 from server.routes import ROUTES
 
@@ -62,10 +64,20 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> ASGIApp:
             open_service() as service,
             background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve, recovers=True),
         ):
-            yield {"service": service, "service_name": settings.service_name}
+            yield {
+                "service": service,
+                "service_name": settings.service_name,
+                "access_control": _access_control(settings, service),
+            }
 
     router = Router(ROUTES, redirect_slashes=False, default=_nothing_here, lifespan=lifespan)
     return Requests(BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes))
+
+
+def _access_control(settings: Settings, service: PaymentService) -> AccessControl | None:
+    if settings.eci_pay_auth != "on":
+        return None
+    return AccessControl(service.api_keys, RateLimit(settings.eci_pay_caller_requests_per_second))
 
 
 async def _nothing_here(_scope: Scope, _receive: Receive, _send: Send) -> None:

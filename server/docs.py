@@ -30,9 +30,10 @@ _HEADERS = {
 _FOR_GOOD = "public, max-age=31536000, immutable"
 
 
-async def openapi(_: Request) -> Response:
+async def openapi(request: Request) -> Response:
     """GET /openapi.json"""
-    return Response(await run_in_threadpool(_document), media_type="application/json")
+    access_controlled = request.state.access_control is not None
+    return Response(await run_in_threadpool(_document, access_controlled), media_type="application/json")
 
 
 async def page(_: Request) -> Response:
@@ -51,10 +52,10 @@ async def file(request: Request) -> Response:
 
 
 @cache
-def _document() -> bytes:
+def _document(access_controlled: bool) -> bytes:
     from server.openapi import compose
 
-    return compose()
+    return compose(access_controlled=access_controlled)
 
 
 @cache

@@ -9,8 +9,10 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eci_pay.access import Caller
 from eci_pay.context import begin_subject, bind_origin
 from eci_pay.instruments import request_answered
+from server.access import CALLER
 from server.headers import header_value, header_values
 from server.problems import http_problem, response_to
 
@@ -68,9 +70,15 @@ class Requests:
                     "path": scope["path"],
                     "status": status,
                     "duration_ms": round(seconds * 1000, 2),
+                    **_caller(scope),
                     **subject.told(),
                 },
             )
+
+
+def _caller(scope: Scope) -> dict[str, str]:
+    caller: Caller | None = scope.get(CALLER)
+    return {} if caller is None else {"caller": caller.actor}
 
 
 def _measure(scope: Scope, status: int, seconds: float) -> None:

@@ -24,6 +24,9 @@ _INTRODUCTION = (
     "does not have is answered with 405 `method-not-allowed` and `Allow`."
 )
 _CODES_OF_ALL = ("internal-error",)
+_CODES_OF_KEYS = {"unauthorized", "forbidden"}
+_CODES_OF_ACCESS = (*sorted(_CODES_OF_KEYS), "rate-limited", "unavailable")
+_CODES_WITH_RETRY = {*problems.RETRY_AFTER_SECONDS, "rate-limited"}
 
 _Mode = Literal["validation", "serialization"]
 
@@ -36,8 +39,8 @@ class _Schemas(GenerateJsonSchema):
         return False
 
 
-def compose() -> bytes:
-    """The document as JSON."""
+def compose(*, access_controlled: bool) -> bytes:
+    """The document of a server that wants API keys, or of one that does not, as JSON."""
     document = {
         "openapi": "3.1.0",
         "info": {
@@ -48,9 +51,11 @@ def compose() -> bytes:
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/", "description": "The server that this document is from."}],
-        "security": [{}, {"apiKey": []}],
+        "security": [],
         "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
-        "paths": {path: _path(path, operations) for path, operations in TABLE.items()},
+        "paths": {
+            path: _path(path, operations, access_controlled=access_controlled) for path, operations in TABLE.items()
+        },
         "components": {
             "schemas": {**_model_schemas(), **_problem_schemas()},
             "parameters": PARAMETERS,
@@ -61,10 +66,14 @@ def compose() -> bytes:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _path(path: str, operations: dict[str, Operation]) -> dict[str, Any]:
+def _path(path: str, operations: dict[str, Operation], *, access_controlled: bool) -> dict[str, Any]:
     names = [*re.findall(r"{(\w+)}", path), "X-Request-ID", "traceparent"]
     methods = {
-        method.lower(): _operation(DESCRIBED[f"{method} {path}"], operation) for method, operation in operations.items()
+        method.lower(): {
+            **_operation(DESCRIBED[f"{method} {path}"], operation),
+            **_security(operation, access_controlled=access_controlled),
+        }
+        for method, operation in operations.items()
     }
     return {"parameters": [_ref("parameters", name) for name in names], **methods}
 
@@ -79,13 +88,26 @@ def _operation(described: Described, operation: Operation) -> dict[str, Any]:
         "parameters": [*parameters, *(_filters() if described.is_filtered else ())],
         "responses": {
             **{str(status): _answer(answered) for status, answered in described.answers.items()},
-            **_problems((*operation.codes, *_CODES_OF_ALL)),
+            **_problems(_codes(operation)),
         },
     }
     if described.body is not None:
         content = {"schema": _schema(described.body), "examples": described.examples}
         document["requestBody"] = {"required": True, "content": {JSON: content}}
     return document
+
+
+def _codes(operation: Operation) -> Iterable[str]:
+    """Each once."""
+    return dict.fromkeys((*operation.codes, *(_CODES_OF_ACCESS if operation.wants else ()), *_CODES_OF_ALL))
+
+
+def _security(operation: Operation, *, access_controlled: bool) -> dict[str, Any]:
+    """The scopes stand there as roles, as OpenAPI 3.1 has it for bearer tokens."""
+    if operation.wants is None:
+        return {}
+    key: dict[str, list[str]] = {"apiKey": [operation.wants.value]}
+    return {"security": [key] if access_controlled else [{}, key]}
 
 
 def _answer(answered: Answered) -> dict[str, Any]:
@@ -107,9 +129,11 @@ def _problems(codes: Iterable[str]) -> dict[str, Any]:
 def _problem(codes: list[str]) -> dict[str, Any]:
     """An answer that has one of these codes."""
     headers = _headers(*(["Idempotent-Replayed"] if any(PROBLEMS[code].is_recorded for code in codes) else []))
-    with_retry = [code for code in codes if code in problems.RETRY_AFTER_SECONDS]
+    with_retry = [code for code in codes if code in _CODES_WITH_RETRY]
     if with_retry:
         headers["Retry-After"] = {**HEADERS["Retry-After"], "required": with_retry == codes}
+    if set(codes) <= _CODES_OF_KEYS:
+        headers |= _headers("WWW-Authenticate")
     schemas = [_ref("schemas", _problem_name(code)) for code in codes]
     content = {
         "schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas},
@@ -161,8 +185,8 @@ def _schemas_of(models: list[tuple[type[BaseModel], _Mode]]) -> dict[str, Any]:
 
 
 def _problem_schemas() -> dict[str, Any]:
-    codes = {code for operations in TABLE.values() for operation in operations.values() for code in operation.codes}
-    return {_problem_name(code): PROBLEMS[code].schema(code) for code in sorted(codes | {*_CODES_OF_ALL})}
+    codes = {code for operations in TABLE.values() for operation in operations.values() for code in _codes(operation)}
+    return {_problem_name(code): PROBLEMS[code].schema(code) for code in sorted(codes)}
 
 
 def _problem_name(code: str) -> str:

@@ -162,6 +162,9 @@ _DETAILS = {
     "unsupported-media-type": "The body must be application/json.",
     "internal-error": "An unexpected error occurred; it has been logged under this request id.",
     "unavailable": "the database is unreachable",
+    "unauthorized": "this API key has expired",
+    "forbidden": "this wants the scope payments:refund",
+    "rate-limited": "order-service may send 1000 requests a second; nothing was done",
 }
 _MEMBERS: dict[str, Any] = {
     "payment_id": 1,

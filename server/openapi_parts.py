@@ -71,6 +71,11 @@ HEADERS: dict[str, dict[str, Any]] = {
         "required": True,
         "schema": {"type": "integer", "minimum": 1},
     },
+    "WWW-Authenticate": {
+        "description": "What is wrong with the API key, as RFC 6750 has it.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^Bearer realm="},
+    },
     "Idempotent-Replayed": {
         "description": "There, and true, where the answer was given before to a request with the same key.",
         "schema": {"type": "string", "const": "true"},
@@ -82,6 +87,6 @@ SECURITY_SCHEMES = {
     "apiKey": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key as a bearer token. Optional: requests without one are taken.",
+        "description": "An API key, made with `eci-pay api-key create`; what it is for, its scopes say.",
     }
 }

@@ -15,6 +15,7 @@ from eci_pay.requests import (
 from eci_pay.service import PaymentService
 from eci_pay.views import View
 from server import problems
+from server.access import caller_of
 from server.bodies import optional_key, read_body, read_query, required_key
 
 CREATED, ACCEPTED = 201, 202
@@ -24,14 +25,18 @@ async def charge(request: Request) -> Response:
     """POST /v1/payments/charge"""
     key = required_key(request)
     body = await read_body(request, ChargeRequest)
-    return answered(await _service(request).charges.charge(request=body, idempotency_key=key))
+    return answered(
+        await _service(request).charges.charge(request=body, idempotency_key=key, caller=caller_of(request))
+    )
 
 
 async def create(request: Request) -> Response:
     """POST /v1/payments"""
     key = optional_key(request)
     body = await read_body(request, CreateRequest)
-    return answered(await _service(request).charges.create(request=body, idempotency_key=key))
+    return answered(
+        await _service(request).charges.create(request=body, idempotency_key=key, caller=caller_of(request))
+    )
 
 
 async def refund(request: Request) -> Response:
@@ -40,7 +45,11 @@ async def refund(request: Request) -> Response:
     key = optional_key(request)
     body = await read_body(request, RefundRequest)
     service = _service(request)
-    return answered(await service.refunds.refund(payment_id=payment_id, request=body, idempotency_key=key))
+    return answered(
+        await service.refunds.refund(
+            payment_id=payment_id, request=body, idempotency_key=key, caller=caller_of(request)
+        )
+    )
 
 
 async def update_status(request: Request) -> Response:

@@ -12,6 +12,8 @@ from eci_pay.answers import problem_document, problem_of
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = {"idempotency-key-in-flight": 1, "unavailable": 2}
 
+REALM = "eci-pay"
+
 STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.MalformedJson: 400,
     errors.IdempotencyKeyMissing: 400,
@@ -19,6 +21,9 @@ STATUS_OF_ERROR: dict[type[errors.PayError], int] = {
     errors.IdempotencyKeyReused: 422,
     errors.EventRefused: 400,
     errors.ValidationFailed: 422,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.RateLimited: 429,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.Unavailable: 503,
@@ -65,9 +70,24 @@ def _refusal(error: errors.PayError) -> Response:
     status = status_of(type(error))
     if isinstance(error, errors.Unavailable):
         _log.warning("unavailable: %s", error.detail)
-    retry_after = RETRY_AFTER_SECONDS.get(error.code)
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    return ProblemResponse(problem_of(error, status), status_code=status, headers=headers)
+    return ProblemResponse(problem_of(error, status), status_code=status, headers=_headers(error))
+
+
+def _headers(error: errors.PayError) -> dict[str, str]:
+    match error:
+        case errors.Unauthorized():
+            # RFC 6750 3.1: without a key there is nothing to say of it.
+            fault = ', error="invalid_token"' if error.key_was_given else ""
+            return {"WWW-Authenticate": f'Bearer realm="{REALM}"{fault}'}
+        case errors.Forbidden():
+            fault = f', error="insufficient_scope", scope="{error.wanted}"'
+            return {"WWW-Authenticate": f'Bearer realm="{REALM}"{fault}'}
+        case errors.RateLimited():
+            return {"Retry-After": str(error.retry_after_seconds)}
+        case _ if error.code in RETRY_AFTER_SECONDS:
+            return {"Retry-After": str(RETRY_AFTER_SECONDS[error.code])}
+        case _:
+            return {}
 
 
 def http_problem(status: int, detail: str, headers: dict[str, str]) -> Response:

@@ -9,7 +9,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from eci_pay.access import Scope as Access
 from server import docs, gateway_events, health, metrics, payments
+from server.access import AccessControl
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -21,6 +23,8 @@ class Operation:
 
     handler: Handler
     codes: tuple[str, ...] = ()
+    wants: Access | None = None
+    """What a caller's API key must be for; None lets everybody in."""
 
 
 class Resource:
@@ -29,18 +33,21 @@ class Resource:
     def __init__(self, path: str, operations: dict[str, Operation]) -> None:
         self._path = path
         self._allow = ", ".join(operations)
-        self._handlers = {method: operation.handler for method, operation in operations.items()}
+        self._operations = dict(operations)
         if "GET" in operations:
-            self._handlers["HEAD"] = operations["GET"].handler
+            self._operations["HEAD"] = operations["GET"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request. What is raised, `Requests` answers."""
-        handler = self._handlers.get(scope["method"])
-        if handler is None:
+        operation = self._operations.get(scope["method"])
+        if operation is None:
             detail = f"This path allows {self._allow}."
             raise HTTPException(405, detail, {"Allow": self._allow})
         scope["eci_pay.route"] = self._path
-        response = await handler(Request(scope, receive, send))
+        access_control: AccessControl | None = scope["state"]["access_control"]
+        if operation.wants is not None and access_control is not None:
+            await access_control.admit(scope, operation.wants)
+        response = await operation.handler(Request(scope, receive, send))
         await response(scope, receive, send)
 
 
@@ -63,25 +70,29 @@ TABLE: dict[str, dict[str, Operation]] = {
                 "invalid-state",
                 "unavailable",
             ),
+            Access.CHARGE,
         ),
     },
     "/v1/payments/{payment_id}": {
-        "GET": Operation(payments.show, _NUMBERED),
-        "DELETE": Operation(payments.cancel, (*_NUMBERED, "invalid-state")),
+        "GET": Operation(payments.show, _NUMBERED, Access.READ),
+        "DELETE": Operation(payments.cancel, (*_NUMBERED, "invalid-state"), Access.WRITE),
     },
     "/v1/payments": {
-        "GET": Operation(payments.list_payments, ("validation-error", "unavailable")),
-        "POST": Operation(payments.create, (*_BODY, *_KEY, "order-exists", "unavailable")),
+        "GET": Operation(payments.list_payments, ("validation-error", "unavailable"), Access.READ),
+        "POST": Operation(payments.create, (*_BODY, *_KEY, "order-exists", "unavailable"), Access.WRITE),
     },
-    "/v1/payments/order/{order_id}": {"GET": Operation(payments.show_order, _NUMBERED)},
-    "/v1/payments/transaction/{transaction_id}": {"GET": Operation(payments.show_transaction, _ONE)},
+    "/v1/payments/order/{order_id}": {"GET": Operation(payments.show_order, _NUMBERED, Access.READ)},
+    "/v1/payments/transaction/{transaction_id}": {"GET": Operation(payments.show_transaction, _ONE, Access.READ)},
     "/v1/payments/{payment_id}/refund": {
         "POST": Operation(
             payments.refund,
             (*_BODY, *_KEY, *_ONE, "refund-declined", "invalid-state", "refund-exceeds-balance"),
+            Access.REFUND,
         ),
     },
-    "/v1/payments/{payment_id}/status": {"PATCH": Operation(payments.update_status, (*_BODY, *_ONE, "invalid-state"))},
+    "/v1/payments/{payment_id}/status": {
+        "PATCH": Operation(payments.update_status, (*_BODY, *_ONE, "invalid-state"), Access.WRITE),
+    },
     "/v1/gateway/events": {
         "POST": Operation(gateway_events.take, ("event-refused", "body-too-large", "unavailable")),
     },
@@ -89,7 +100,7 @@ TABLE: dict[str, dict[str, Operation]] = {
     "/health/live": {"GET": Operation(health.health)},
     "/health/startup": {"GET": Operation(health.health)},
     "/health/ready": {"GET": Operation(health.ready, ("unavailable",))},
-    "/metrics": {"GET": Operation(metrics.metrics)},
+    "/metrics": {"GET": Operation(metrics.metrics, ("unavailable",), Access.METRICS)},
     "/openapi.json": {"GET": Operation(docs.openapi)},
     "/docs": {"GET": Operation(docs.page)},
     "/docs/{version}/{file}": {"GET": Operation(docs.file, ("not-found",))},

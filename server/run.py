@@ -1,5 +1,7 @@
 """Runs the application under uvicorn."""
 
+import ipaddress
+import logging
 import os
 import signal
 import sys
@@ -9,7 +11,10 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from eci_pay.errors import SettingsInvalid
 from eci_pay.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 """prometheus_client's name for where the workers of one server keep their figures."""
@@ -37,6 +42,30 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
             server_header=False,
             timeout_graceful_shutdown=settings.eci_pay_shutdown_timeout_seconds,
         )
+
+
+def check_access(auth: str | None, host: str) -> None:
+    """Raises SettingsInvalid where anybody on the network could charge and refund and nobody has said so."""
+    if auth == "on" or is_loopback(host):
+        return
+    if auth is None:
+        raise SettingsInvalid(
+            (
+                f"ECI_PAY_AUTH: must be set to serve on {host}: `on` wants API keys (`eci-pay api-key create`), `off` "
+                "lets everybody charge and refund who reaches it",
+            )
+        )
+    _log.warning("access is not controlled (ECI_PAY_AUTH=off): whoever reaches %s may charge and refund", host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address. A name that is not known to be one is none."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -12,10 +12,10 @@ WITH request AS (
         %(currency)s::text[], %(payment_method)s::text[], %(reference)s::text[], %(begin_id)s::text[],
         %(status)s::text[], %(description)s::text[], %(at)s::timestamptz[],
         %(idempotency_key)s::text[], %(caller)s::text[], %(request_hash)s::text[],
-        %(expires_at)s::timestamptz[]
+        %(expires_at)s::timestamptz[], %(actor)s::text[]
     ) AS r (
         n, order_id, user_id, amount, currency, payment_method, reference, begin_id,
-        status, description, at, idempotency_key, caller, request_hash, expires_at
+        status, description, at, idempotency_key, caller, request_hash, expires_at, actor
     )
 ),
 admitted AS MATERIALIZED (
@@ -68,8 +68,8 @@ written AS (
               p.previous_status, p.previous_method
 ),
 audited AS (
-    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
-    SELECT w.payment_id, 'PAYMENT', a.amount, a.status, a.description, a.at
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at, actor)
+    SELECT w.payment_id, 'PAYMENT', a.amount, a.status, a.description, a.at, a.actor
     FROM written w
     JOIN admitted a USING (order_id)
     ORDER BY a.order_id

@@ -12,11 +12,12 @@ WITH settlement AS (
         %(completed_at)s::timestamptz[], %(captured_at)s::timestamptz[], %(at)s::timestamptz[],
         %(transaction_log_id)s::bigint[], %(description)s::text[],
         %(key_id)s::bigint[], %(response_body)s::text[], %(status_code)s::bigint[],
-        %(expires_at)s::timestamptz[], %(releases_key)s::boolean[], %(message_count)s::bigint[], %(request_id)s::text[], %(traceparent)s::text[]
+        %(expires_at)s::timestamptz[], %(releases_key)s::boolean[], %(message_count)s::bigint[],
+        %(request_id)s::text[], %(traceparent)s::text[], %(actor)s::text[]
     ) AS s (
         n, order_id, payment_id, attempt, status, authorization_code, gateway_response,
         completed_at, captured_at, at, transaction_log_id, description,
-        key_id, response_body, status_code, expires_at, releases_key, message_count, request_id, traceparent
+        key_id, response_body, status_code, expires_at, releases_key, message_count, request_id, traceparent, actor
     )
 ),
 message AS (
@@ -52,10 +53,10 @@ applied AS (
 ),
 audited AS (
     INSERT INTO transactions (
-        transaction_log_id, payment_id, transaction_type, amount, status, description, created_at
+        transaction_log_id, payment_id, transaction_type, amount, status, description, created_at, actor
     )
     OVERRIDING SYSTEM VALUE
-    SELECT l.transaction_log_id, l.payment_id, 'PAYMENT', l.amount, l.status, l.description, l.at
+    SELECT l.transaction_log_id, l.payment_id, 'PAYMENT', l.amount, l.status, l.description, l.at, l.actor
     FROM applied
     JOIN locked l USING (n)
 ),

@@ -11,10 +11,10 @@ WITH request AS (
         %(n)s::bigint[], %(payment_id)s::bigint[], %(amount)s::numeric[], %(reason)s::text[],
         %(begin_id)s::text[], %(description)s::text[], %(at)s::timestamptz[],
         %(idempotency_key)s::text[], %(caller)s::text[], %(request_hash)s::text[],
-        %(expires_at)s::timestamptz[]
+        %(expires_at)s::timestamptz[], %(actor)s::text[]
     ) AS r (
         n, payment_id, amount, reason, begin_id, description, at,
-        idempotency_key, caller, request_hash, expires_at
+        idempotency_key, caller, request_hash, expires_at, actor
     )
 ),
 admitted AS MATERIALIZED (
@@ -62,8 +62,8 @@ recorded AS (
     RETURNING refund_id, payment_id
 ),
 audited AS (
-    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
-    SELECT l.payment_id, 'REFUND', l.refund_amount, 'PROCESSING', l.description, l.at
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at, actor)
+    SELECT l.payment_id, 'REFUND', l.refund_amount, 'PROCESSING', l.description, l.at, l.actor
     FROM reserved
     JOIN locked l USING (n)
     ORDER BY l.order_id

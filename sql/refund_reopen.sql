@@ -37,8 +37,8 @@ reopened AS (
     WHERE f.refund_id = l.refund_id
 ),
 audited AS (
-    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
-    SELECT l.payment_id, 'REFUND', l.amount, 'PROCESSING', %(description)s::text, %(at)s::timestamptz
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at, actor)
+    SELECT l.payment_id, 'REFUND', l.amount, 'PROCESSING', %(description)s::text, %(at)s::timestamptz, %(actor)s::text
     FROM locked l
     JOIN reserved USING (payment_id)
 ),

@@ -11,10 +11,10 @@ WITH settlement AS (
         %(status)s::text[], %(gateway_reference)s::text[], %(gateway_response)s::text[],
         %(at)s::timestamptz[], %(description)s::text[],
         %(message_count)s::bigint[], %(message_count_in_full)s::bigint[],
-        %(request_id)s::text[], %(traceparent)s::text[]
+        %(request_id)s::text[], %(traceparent)s::text[], %(actor)s::text[]
     ) AS s (
         n, order_id, payment_id, refund_id, status, gateway_reference, gateway_response, at, description,
-        message_count, message_count_in_full, request_id, traceparent
+        message_count, message_count_in_full, request_id, traceparent, actor
     )
 ),
 -- Those of a refund that turns out to be the last one are numbered after the others.
@@ -72,13 +72,13 @@ settled AS (
     WHERE f.refund_id = l.refund_id
 ),
 audited AS (
-    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at, actor)
     SELECT l.payment_id, 'REFUND', l.amount,
-           CASE l.status WHEN 'COMPLETED' THEN 'REFUNDED' ELSE 'FAILED' END, l.description, l.at
+           CASE l.status WHEN 'COMPLETED' THEN 'REFUNDED' ELSE 'FAILED' END, l.description, l.at, l.actor
     FROM applied
     JOIN locked l USING (n)
     UNION ALL
-    SELECT l.payment_id, 'PAYMENT', l.captured, 'REFUNDED', 'Payment refunded in full', l.at
+    SELECT l.payment_id, 'PAYMENT', l.captured, 'REFUNDED', 'Payment refunded in full', l.at, l.actor
     FROM applied
     JOIN locked l USING (n)
     WHERE l.refunded_in_full

@@ -17,8 +17,8 @@ changed AS (
     RETURNING p.payment_id, p.amount, p.currency, p.last_sequence - %(message_count)s::bigint AS sequence_before
 ),
 audited AS (
-    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at)
-    SELECT payment_id, 'PAYMENT', amount, %(status)s::text, %(description)s::text, %(at)s::timestamptz
+    INSERT INTO transactions (payment_id, transaction_type, amount, status, description, created_at, actor)
+    SELECT payment_id, 'PAYMENT', amount, %(status)s::text, %(description)s::text, %(at)s::timestamptz, %(actor)s::text
     FROM changed
 ),
 counted AS (

@@ -28,6 +28,7 @@ TABLES = (
     "bulk_runs",
     "totals",
     "total_changes",
+    "api_keys",
 )
 
 NAMED_INDEXES = {
