@@ -73,14 +73,12 @@ def list_keys(as_json: JsonOption = False) -> None:
             key.state(datetime.now(UTC)),
             "\n".join(key.scopes),
             output.shown(key.created_by),
-            _shown(key.created_at),
             _shown(key.expires_at),
-            _shown(key.revoked_at),
             _shown(key.last_used_at),
         )
         for key in keys
     ]
-    headings = ("Key", "Caller", "State", "Scopes", "Made by", "Made", "Expires", "Revoked", "Last used")
+    headings = ("Key", "Caller", "State", "Scopes", "Made by", "Expires", "Last used")
     output.console().print(output.table(headings, rows))
     output.note(f"{output.counted(len(keys), 'key')}; times are UTC, the last use is told to the hour")
 

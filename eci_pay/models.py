@@ -372,7 +372,7 @@ class ApiKeyRecord(SQLModel, table=True):
     api_key_id: int | None = _id()
     key_id: str = Field(max_length=20)
     name: str = Field(max_length=64)
-    scopes: list[str] = Field(sa_type=ARRAY(Text))  # type: ignore[call-overload]
+    scopes: list[str] = Field(sa_type=ARRAY(Text))
     secret_hash: bytes
     created_by: str | None = Field(default=None, max_length=200)
     created_at: datetime = _instant()

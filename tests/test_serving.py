@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,9 @@ class Serving:
 
 
 @asynccontextmanager
-async def serving(command_line: CommandLine, *, workers: int = 1) -> AsyncIterator[Serving]:
+async def serving(command_line: CommandLine, *, workers: int = 1, host: str = "127.0.0.1") -> AsyncIterator[Serving]:
     """Runs the command on a free port; kills what is left of it in the end."""
-    process = await command_line.start("serve", "--port", "0", "--workers", str(workers))
+    process = await command_line.start("serve", "--host", host, "--port", "0", "--workers", str(workers))
     server = Serving(process, workers)
     reading = asyncio.create_task(server.read_log())
     children: list[psutil.Process] = []
@@ -284,3 +284,16 @@ def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
+
+
+async def test_only_on_loopback_may_access_go_without_a_word_be_uncontrolled(command_line: CommandLine) -> None:
+    for host in ("0.0.0.0", "::", "payments.example"):
+        refused = await command_line.run("serve", "--host", host, "--port", "0")
+        assert refused.exit_code == 2
+        assert "ECI_PAY_AUTH" in refused.stderr
+    for auth, status in (("off", 200), ("on", 401)):
+        environment = {**command_line.environment, "ECI_PAY_AUTH": auth}
+        daring = replace(command_line, environment=environment)
+        async with serving(daring, host="0.0.0.0") as server, server.client() as client:
+            assert (await client.get("/v1/payments")).status_code == status
+            assert any("access is not controlled" in line for line in server.log) == (auth == "off")
