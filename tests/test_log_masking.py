@@ -76,6 +76,7 @@ TOKENS = [
         "pm_{}",
         "tok_{}",
         "pi_1_secret_{}",
+        "ecipay_0123456789ab_{}",
         "Bearer {}",
         "basic {}",
     ),
