@@ -114,7 +114,7 @@ async def _recovery(service: PaymentService) -> list[Metric]:
 
 
 async def _outbox(service: PaymentService) -> list[Metric]:
-    stats = {each.destination: each for each in await service.outbox.stats()}
+    stats = {each.destination: each for each in await service.outbox.recent_stats()}
     return [
         _labelled(
             "eci_pay_outbox_pending_messages",

@@ -4,6 +4,7 @@ The messages of one payment to one destination are a line. Only the first open m
 and only to one relay at a time: it holds the message by a lease. All times are those of the database's clock.
 """
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from eci_pay.views import MessagePage, MessageView, OutboxStats, PaymentMessages
 PURGE_BATCH_SIZE_MAX = 1000
 RETRY_BATCH_SIZE_MAX = 1000
 MESSAGES_OF_PAYMENT_MAX = 50
+COUNTED_AT_ONCE_MAX = 20_000
+"""Up to so many messages are counted in about 20 ms; whoever asks for recent figures does not wait for more."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +94,8 @@ class Outbox:
         self._database = database
         self._give_up_after = give_up_after
         self._retention = retention
+        self._counting: asyncio.Task[tuple[OutboxStats, ...]] | None = None
+        self._counted: tuple[OutboxStats, ...] = ()
 
     async def claim(
         self,
@@ -209,6 +214,25 @@ class Outbox:
         """Counts and ages of each destination."""
         rows = await self._database.read("outbox_stats", {"destinations": [each.value for each in Destination]})
         return tuple(OutboxStats.model_validate(row) for row in rows)
+
+    async def recent_stats(self) -> tuple[OutboxStats, ...]:
+        """As `stats`; of a backlog that takes long to count, as it was when it was asked for last."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._count())
+            # Nobody may be waiting for it.
+            self._counting.add_done_callback(lambda counted: counted.cancelled() or counted.exception())
+        counted = self._counted
+        if sum(each.pending + each.dead for each in counted) <= COUNTED_AT_ONCE_MAX:
+            return await asyncio.shield(self._counting)
+        return counted
+
+    async def _count(self) -> tuple[OutboxStats, ...]:
+        try:
+            self._counted = await self.stats()
+        except Unavailable:
+            self._counted = ()  # whoever asks next waits to be told so
+            raise
+        return self._counted
 
     async def lately_told(self) -> frozenset[Destination]:
         """Who was told of payments lately, by any process."""

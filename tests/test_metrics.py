@@ -6,8 +6,11 @@ import subprocess
 import httpx
 import pytest
 
+from eci_pay import outbox
 from eci_pay.payments import Payments
 from eci_pay.service import PaymentService
+from eci_pay.settings import Settings
+from tests.http_server import client_of, opening
 from tests.support import Books, CommandLine, ManualClock, charge_request, refund_request, until
 from tests.test_serving import charge, serving
 
@@ -126,6 +129,25 @@ async def test_messages_that_wait_and_dead_ones_are_measured(
     assert found['eci_pay_outbox_oldest_pending_seconds{peer="order"}'] >= 60
     assert found['eci_pay_outbox_dead_messages{peer="notification"}'] == 1
     assert found['eci_pay_outbox_oldest_pending_seconds{peer="inventory"}'] == 0
+
+
+async def test_a_scrape_does_not_wait_until_a_large_backlog_is_counted(
+    telling: PaymentService, books: Books, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    monkeypatch.setattr(outbox, "COUNTED_AT_ONCE_MAX", 0)
+    pending = 'eci_pay_outbox_pending_messages{peer="order"}'
+    async with client_of(settings, opening(telling)) as api:
+        await telling.charges.charge(request=charge_request(1), idempotency_key="1")
+        assert (await scraped(api))[pending] == 1
+        await telling.charges.charge(request=charge_request(2), idempotency_key="2")
+        async with books.connection.transaction():
+            await books.rows("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
+            assert (await scraped(api))[pending] == 1
+
+        async def both_are_counted() -> bool:
+            return (await scraped(api))[pending] == 2
+
+        await until(both_are_counted)
 
 
 async def test_the_keys_are_estimated_not_counted(api: httpx.AsyncClient, books: Books) -> None:
