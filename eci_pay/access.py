@@ -85,6 +85,7 @@ class ApiKey:
     created_at: datetime
     expires_at: datetime | None
     revoked_at: datetime | None
+    revoked_by: str | None
     last_used_at: datetime | None
 
     @classmethod
@@ -171,7 +172,8 @@ class ApiKeys:
     async def revoke(self, key_id: str) -> ApiKey:
         """Ends a key for good; a second time changes nothing. Servers notice when what they remember ends. Raises
         ApiKeyNotFound."""
-        rows = await self._database.fetch("api_key_revoke", {"key_id": key_id, "at": self._clock()})
+        params = {"key_id": key_id, "at": self._clock(), "revoked_by": current_actor()}
+        rows = await self._database.fetch("api_key_revoke", params)
         if not rows:
             raise ApiKeyNotFound(f"there is no API key {key_id}: `eci-pay api-key list` shows them")
         return ApiKey.of_row(rows[0])

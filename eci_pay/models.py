@@ -378,6 +378,7 @@ class ApiKeyRecord(SQLModel, table=True):
     created_at: datetime = _instant()
     expires_at: datetime | None = _instant_or_none()
     revoked_at: datetime | None = _instant_or_none()
+    revoked_by: str | None = Field(default=None, max_length=200)
     last_used_at: datetime | None = _instant_or_none()
 
 

@@ -361,6 +361,7 @@ async def test_a_revoked_key_says_so_and_a_second_time_changes_nothing(command_l
     second = await command_line.run("api-key", "revoke", key_id, "--json")
     assert first.json["state"] == second.json["state"] == "revoked"
     assert first.json["revoked_at"] == second.json["revoked_at"]
+    assert first.json["revoked_by"].startswith("operator:")
     assert "revoked" in (await command_line.run("api-key", "list")).stdout
 
 

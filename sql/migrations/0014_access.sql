@@ -13,6 +13,7 @@ CREATE TABLE api_keys (
     created_at timestamptz NOT NULL DEFAULT now(),
     expires_at timestamptz,
     revoked_at timestamptz,
+    revoked_by varchar(200),
     last_used_at timestamptz
 );
 
