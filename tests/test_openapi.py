@@ -57,7 +57,9 @@ def test_the_document_has_every_route_with_all_its_answers_and_no_other() -> Non
     routed = {f"{method} {path}": operation for path, methods in TABLE.items() for method, operation in methods.items()}
     assert set(operations()) == set(DESCRIBED) == set(routed)
     for name, operation in operations().items():
-        statuses = {str(PROBLEMS[code].status) for code in (*routed[name].codes, "internal-error")}
+        of_access = ("unauthorized", "forbidden", "rate-limited", "unavailable") if routed[name].wants else ()
+        codes = {*routed[name].codes, *of_access, "internal-error"}
+        statuses = {str(PROBLEMS[code].status) for code in codes}
         answers = operation["responses"]
         assert set(answers) == statuses | {str(status) for status in DESCRIBED[name].answers}
         documented = set()
@@ -65,7 +67,7 @@ def test_the_document_has_every_route_with_all_its_answers_and_no_other() -> Non
             (content,) = answers[status]["content"].items()
             assert content[0] == "application/problem+json"
             documented |= set(content[1]["examples"])
-        assert documented == {*routed[name].codes, "internal-error"}
+        assert documented == codes
 
 
 def test_every_operation_has_a_name_of_its_own_and_a_known_tag() -> None:
