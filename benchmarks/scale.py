@@ -2,7 +2,7 @@
 
 Loads 10 million payments with their audit rows and keys (COPY, some minutes; 40 GB of disk), in a data directory of its
 own, and compares charges with those on an empty database in turns; then times pages of the list and the expiry of a
-million keys beside charges.
+million keys and scrapes of the metrics beside charges.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,9 @@ ORDERS_MAX = 100_000_000
 """More than any step charges."""
 PAGES = 20
 """How many of each list are timed."""
+SCRAPES = 20
+SCRAPE_SECONDS = 1.0
+"""How often the metrics are scraped beside charges; Prometheus would do it every 15 seconds."""
 
 PAYMENTS = """
 SELECT n AS payment_id, n AS order_id, 1 + (hashint8(n) & 1048575) AS user_id, 1 + n % 9000 AS amount, 'INR',
@@ -160,6 +164,13 @@ class Scale(Charging):
                 }
         return told
 
+    def scrapes(self) -> dict[str, float]:
+        """How long a scrape of the metrics takes over HTTP while nothing else goes on, in ms."""
+        with self.serving() as address:
+            scrape(address)  # warms up
+            times = [scrape(address) for _ in range(SCRAPES)]
+        return {"median_ms": round(median(times), 1), "max_ms": round(max(times), 1)}
+
     async def expire(self, keys: int, per_second: float, seconds: int) -> dict[str, Any]:
         """Charges at a rate, first alone, then while so many expired keys are deleted."""
         first = await self.value("SELECT max(order_id) + 1 AS n FROM payments")
@@ -207,6 +218,11 @@ async def measure(server: str, arguments: argparse.Namespace) -> dict[str, Any]:
             print("full", result["full"][-1], flush=True)
             first += ORDERS_MAX
     result["lists"] = scale.list_pages(arguments.payments)
+    result["scrapes"], result["beside_scrapes"] = scale.scrapes(), []
+    for _ in range(arguments.rounds):
+        result["beside_scrapes"].append(charged_beside_scrapes(scale, first, arguments.seconds))
+        print("beside scrapes", result["beside_scrapes"][-1], flush=True)
+        first += ORDERS_MAX
     rate = median(each["per_second"] for each in result["full"])
     result["expiry"] = await scale.expire(arguments.payments // 10, rate / 2, arguments.expiry_seconds)
     return result
@@ -222,6 +238,38 @@ def charged(stage: Stage, first_order_id: int, seconds: int) -> dict[str, Any]:
         )
 
 
+def charged_beside_scrapes(stage: Stage, first_order_id: int, seconds: int) -> dict[str, Any]:
+    """Charges in two halves at one server: alone, then while it is scraped all the time."""
+    times: list[float] = []
+    ended = threading.Event()
+
+    def scraping() -> None:
+        while not ended.wait(SCRAPE_SECONDS):
+            times.append(scrape(address))
+
+    with stage.serving() as address:
+        orders = {"FIRST_ORDER_ID": str(first_order_id)}
+        stage.wrk(address, "charge.lua", seconds=2, connections=CONNECTIONS, **orders)
+        orders = {"FIRST_ORDER_ID": str(first_order_id + ORDERS_MAX // 3)}
+        alone = stage.wrk(address, "charge.lua", seconds=seconds, connections=CONNECTIONS, **orders)
+        orders = {"FIRST_ORDER_ID": str(first_order_id + ORDERS_MAX // 3 * 2)}
+        thread = threading.Thread(target=scraping)
+        thread.start()
+        try:
+            beside = stage.wrk(address, "charge.lua", seconds=seconds, connections=CONNECTIONS, **orders)
+        finally:
+            ended.set()
+            thread.join()
+    return {"alone": alone, "beside": beside, "scrape_ms": round(median(times), 1)}
+
+
+def scrape(address: str) -> float:
+    """How long one took, in ms."""
+    started = time.perf_counter()
+    httpx.get(f"{address}/metrics", timeout=60).raise_for_status()
+    return (time.perf_counter() - started) * 1000
+
+
 def report(result: dict[str, Any]) -> None:
     """What it comes to."""
     empty, full = (median(each["per_second"] for each in result[name]) for name in ("empty", "full"))
@@ -230,6 +278,13 @@ def report(result: dict[str, Any]) -> None:
     )
     for name, times in result["lists"].items():
         print(f"a page of {name:32} median {times['median_ms']:7.1f} ms, at most {times['max_ms']:7.1f} ms")
+    scrapes, beside = result["scrapes"], result["beside_scrapes"]
+    kept = median(each["beside"]["per_second"] / each["alone"]["per_second"] for each in beside)
+    under_load_ms = median(each["scrape_ms"] for each in beside)
+    print(
+        f"a scrape: median {scrapes['median_ms']} ms, at most {scrapes['max_ms']} ms, {under_load_ms} ms under load; "
+        f"one every {SCRAPE_SECONDS:g} s leaves {kept:.2f} of the charges"
+    )
     expiry = result["expiry"]
     print(
         f"{expiry['expired']:,} keys expired in {expiry['seconds']} s; charges at half the load had a p99 of "
