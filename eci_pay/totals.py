@@ -8,11 +8,13 @@ row per status, method and currency of a whole batch. Now and then they are adde
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 
 from eci_pay.database import Database
+from eci_pay.errors import Unavailable
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 
 
@@ -99,6 +101,17 @@ class Totals:
         """Adds up what was noted, so that it stays short, and notes this process's errors."""
         await self.note_errors()
         await self.database.fetch("totals_add_up")
+
+    @asynccontextmanager
+    async def counting_errors(self) -> AsyncIterator[None]:
+        """Counts the unexpected errors of this process until the block ends, and tells the database of the last."""
+        logging.getLogger().addHandler(unexpected_errors)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(unexpected_errors)
+            with suppress(Unavailable):
+                await self.note_errors()
 
     async def note_errors(self) -> None:
         """Tells the database of the unexpected errors of this process; they are kept where that fails."""
