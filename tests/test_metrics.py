@@ -110,6 +110,14 @@ async def test_requests_the_gateway_batches_and_replays_are_measured(api: httpx.
     assert [name for name in found if name.startswith("eci_pay_build_info{version=")]
 
 
+async def test_what_the_gateway_has_not_yet_answered_is_told_as_nothing(api: httpx.AsyncClient) -> None:
+    name = 'eci_pay_gateway_request_duration_seconds_count{operation="%s",outcome="%s"}'
+    found = await scraped(api)
+    for operation in ("charge", "refund"):
+        for outcome in ("approved", "declined", "unknown", "unavailable"):
+            assert name % (operation, outcome) in found
+
+
 async def test_an_unexpected_error_is_counted(
     api: httpx.AsyncClient, service: PaymentService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
