@@ -207,3 +207,42 @@ async def test_a_commands_defect_counts(command_line: CommandLine, service: Paym
     assert (await command_line.run("show", "1")).exit_code == EXIT_DEFECT
     assert (await command_line.run("show", "2")).exit_code != EXIT_DEFECT
     assert await books.value("SELECT sum(count) FROM total_changes WHERE metric = 'errors'") == 1
+
+
+@pytest.mark.usefixtures("rolling")
+async def test_a_recount_puts_right_what_was_changed_without_the_totals(service: PaymentService, books: Books) -> None:
+    await charged(service, 1)
+    await charged(service, 2)
+    unexpected_errors.add(1)
+    await service.totals.add_up()
+    assert await service.totals.recount() == []
+    await books.rows(
+        "INSERT INTO payments (order_id, user_id, amount, currency, payment_method, status, transaction_id)"
+        " VALUES (3, 7, 5, 'USD', 'UPI', 'COMPLETED', 'x')"
+    )
+    await books.rows("UPDATE payments SET status = 'FAILED', captured_at = NULL WHERE order_id = 2")
+    lacking = [
+        ("completed", "INR", -1, "-100.00"), ("completed", "USD", 1, "5.00"), ("method", "UPI", 1, "0"),
+        ("status", "FAILED", 1, "0"),
+    ]  # fmt: skip
+    for dry_run in (True, False):
+        told = await service.totals.recount(dry_run=dry_run)
+        assert [(each.metric, each.label, each.count, str(each.amount)) for each in told] == lacking
+    many = [service.totals.recount() for _ in range(5)]
+    going_on = [charged(service, order_id) for order_id in range(10, 20)]
+    found = (await asyncio.gather(asyncio.gather(*many), asyncio.gather(*going_on)))[0]
+    assert found == [[]] * 5
+    totals = await service.totals.read()
+    assert (totals.payments, totals.errors, totals.completed["INR"].count) == (13, 1, 11)
+
+
+async def test_the_command_recounts(command_line: CommandLine, service: PaymentService, books: Books) -> None:
+    await charged(service, 1)
+    assert (await command_line.run("recount")).stdout == "the totals are what the books tell\n"
+    await books.rows("DELETE FROM total_changes WHERE metric = 'completed'")
+    dry = await command_line.run("recount", "--dry-run")
+    assert (dry.exit_code, "+100.00" in dry.stdout, "nothing was changed" in dry.stdout) == (0, True, True)
+    put_right = await command_line.run("recount", "--json")
+    correction = {"metric": "completed", "label": "INR", "count": 1, "amount": 100.0}
+    assert put_right.json == {"corrected": True, "corrections": [correction]}
+    await assert_true(service, books)
