@@ -148,7 +148,7 @@ def _add_context(event: "EventDict", subject: Subject | None) -> None:
 
 def _json(event: "EventDict", *, dump: Callable[..., bytes], **_: object) -> str:
     try:
-        return dump(event, fallback=repr, ensure_ascii=True).decode()
+        return dump(event, fallback=repr, ensure_ascii=True, inf_nan_mode="strings").decode()
     except Exception:  # whatever somebody gave us to log, the line must not be lost
         return json.dumps({str(name): _text(value) for name, value in event.items()})
 

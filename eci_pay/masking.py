@@ -56,7 +56,7 @@ _QUOTED = r"""\\*"(?:[^"\\]|\\[^"]|\\"(?!\s*[,:}\])]))*(?:\\*"|$)|'(?:[^'\\]|\\.
 _NAMED = re.compile(
     rf"""(?P<name>\b(?!authorization_code)[\w.-]{{0,40}}?(?:{_NAMES_OF_SECRETS})[\w-]*|\b(?:pan|pin|tel)\b)"""
     rf"""(?P<between>\\*+["']?\]?\s*+\)?\s*+(?:=>|[=:]|(?<=["']),)\s*+(?:b(?=["']))?)"""
-    rf"""(?P<value>(?:{_QUOTED})[^\s,;}})\]"']*|(?:(?:bearer|basic)\s+)?\S+)""",
+    rf"""(?P<value>(?:{_QUOTED})[^\s,;}})\]"']*|(?:(?:bearer|basic)\s+)?\S+(?:(?<=[=:])\s+\S+)*)""",
     re.IGNORECASE,
 )
 _CVV = re.compile(r"\b(cvv2?|cvc2?|cvn|security code)\b(\W{0,3}(?:is |was )?\W{0,3})[0-9]{3,4}\b", re.IGNORECASE)
@@ -72,15 +72,15 @@ _PHONE = re.compile(
     r"|(?<![\w.+-])(?:\([0-9]{3}\) ?|[0-9]{3}[ .-])[0-9]{3}[ .-][0-9]{4}(?![\w-])"
     r"|(?<![\w.+-])0?[6-9][0-9]{4}[ -][0-9]{5}(?![\w-])"
 )
-_NUMBER = re.compile(
-    # First what holds long numbers and is none: our ids, the gateway's, UUIDs, hashes, instants, ids by their name.
-    r"(?P<known>\b(?:TXN[0-9A-Z]{26}|(?:REF|AUTH)[0-9A-Z]{6,12})\b|\b(?:pi|ch|re|evt|req|py|txn)_\w+"
+_KNOWN = re.compile(
+    # What holds long numbers and is none: our ids, the gateway's, UUIDs, hashes, instants, ids by their name.
+    r"\b(?:TXN[0-9A-Z]{26}|(?:REF|AUTH)[0-9A-Z]{6,12})\b|\b(?:pi|ch|re|evt|req|py|txn)_\w+"
     r"|\b[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}\b"
     r"|\b(?=[0-9]{0,40}[A-Fa-f][0-9]{0,40}[A-Fa-f])[0-9A-Fa-f]{16,}\b"
     r"|\b(?:19|20)[0-9]{2}-[01][0-9]-[0-3][0-9]\b(?:[ T][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?)?"
-    r"|_id\\*[\"']?\)?\s*[=:]\s*\(?[\"']?[0-9]+(?![ -]?[0-9]))"
-    rf"|(?<![0-9])[0-9](?:(?:{_BETWEEN_DIGITS}|{_BETWEEN_GROUPS})[0-9]){{12,}}"
+    r"|_id\\*[\"']?\)?\s*[=:]\s*\(?[\"']?[0-9]+(?![ -]?[0-9])"
 )
+_NUMBERS = re.compile(rf"(?<![0-9])[0-9](?:(?:{_BETWEEN_DIGITS}|{_BETWEEN_GROUPS})[0-9]){{12,}}")
 _GROUP = re.compile(r"(?<!\\xa)[0-9]+")
 
 
@@ -91,10 +91,10 @@ def is_plain(event: Mapping[str, Any]) -> bool:
         if kind is str:
             if len(value) > PLAIN_LENGTH_MAX or not _is_plain(value):
                 return False
-        elif kind is int:
+        elif kind is int or kind is float:
             if value >= _LONG_NUMBER and not name.endswith("_id"):
                 return False
-        elif kind is not float and value is not None:
+        elif value is not None:
             return False
     return _are_plain_names(tuple(event))
 
@@ -133,8 +133,8 @@ def masked(value: Any, known: Collection[str] = (), name: str = "") -> Any:  # n
             return [masked(inner, known, name) for inner in value]
         case str():
             return masked_text(value, known)
-        case int() if not name.endswith(("_id", "_ids")):
-            text = str(value)
+        case int() | float() if not name.endswith(("_id", "_ids")):
+            text = str(value) if isinstance(value, int) else f"{value:.0f}"
             return value if masked_text(text, known) == text else MASK
         case _:
             return value
@@ -174,11 +174,21 @@ def _masked_as_it_is(text: str, known: Collection[str]) -> str:
     text = _TOKEN.sub(MASK, text)
     text = _EMAIL.sub(MASK, text)
     text = _PHONE.sub(MASK, text)
-    return _NUMBER.sub(_cards_masked(known), text)
+    return _without_cards(text, known)
 
 
 def _value_masked(found: re.Match[str]) -> str:
     return f"{found['name']}{found['between']}{MASK}"
+
+
+def _without_cards(text: str, known: Collection[str]) -> str:
+    """What is known is left out of the search: a number may stand beside it, and they would look like one."""
+    mask = _cards_masked(known)
+    told, at = [], 0
+    for found in _KNOWN.finditer(text):
+        told += [_NUMBERS.sub(mask, text[at : found.start()]), found[0]]
+        at = found.end()
+    return "".join(told) + _NUMBERS.sub(mask, text[at:])
 
 
 def _cards_masked(known: Collection[str]) -> Callable[[re.Match[str]], str]:
@@ -186,7 +196,7 @@ def _cards_masked(known: Collection[str]) -> Callable[[re.Match[str]], str]:
 
     def replace(found: re.Match[str]) -> str:
         text = found[0]
-        if found["known"] or text in known:
+        if text in known:
             return text
         groups = list(_GROUP.finditer(text))
         usual = [True, *(_USUAL.fullmatch(text, a.end(), b.start()) is not None for a, b in pairwise(groups))]

@@ -85,7 +85,7 @@ TOKENS = [
     *("api_key: {}", "X-Api-Key={}", "apiKey => {}", "secret='{}", "https://ada:{}@example.org/a", "eyJ{}.eyJ{}.{}"),
     *("postgresql://ada:{}@db.example:5432/books", "postgresql://ada:{}/@{}@db/books", "client_secret={}&a=1"),
     *("user[password]={}", "password%3D{}", "a%20Authorization%253A%2520Bearer%2520{}", "%7B%22pwd%22%3A%22{}%22%7D"),
-    "password:            {}",
+    *("password:            {}", "pin=1,token: {}", "('cvv=123'),KeyError(pwd: {}"),
 ]
 EMAILS = ["{}@example.com", "write to <{}@pay.example.co.in>", "user={}@localhost", "to={}%40example.com"]
 CVVS = ["cvv {}", "CVV: {}", "cvc={}", "security code is {}", "'cvv2': '{}'", "card[cvc]={}", "cvv%3D{}"]
@@ -240,8 +240,12 @@ def test_what_is_ours_is_never_masked(
 
 def test_a_number_that_is_a_card_is_masked_unless_it_is_named_as_an_id() -> None:
     card = 4111111111111111
-    assert masked({"number": card, "order_id": card, "payment_ids": [card], "other": card + 1}) == {
+    found = {"number": card, "float": float(card), "amount": 1e12, "order_id": card, "payment_ids": [card]}
+    assert not is_plain({"told": float(card)})
+    assert masked({**found, "other": card + 1}) == {
         "number": MASK,
+        "float": MASK,
+        "amount": 1e12,
         "order_id": card,
         "payment_ids": [card],
         "other": card + 1,
