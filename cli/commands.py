@@ -34,6 +34,7 @@ COMMANDS = {
     "doctor": ("cli.doctor", "Examine the settings, the database and all that this service talks to."),
     "migrate": ("cli.maintenance", "Bring the database to this release's schema."),
     "expire-keys": ("cli.maintenance", "Delete idempotency keys that are finished and older than 24 hours."),
+    "recount": ("cli.maintenance", "Count the books, and put right the totals in the metrics that differ from them."),
     "demo": (
         "cli.demo",
         "Place orders, charge, retry, decline, refund, reconcile: on a database of its own, dropped at the end.",

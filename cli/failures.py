@@ -21,6 +21,11 @@ EXIT_OF_ERROR: dict[type[errors.PayError], int] = {
 }
 
 
+def is_defect(error: Exception) -> bool:
+    """Whether it is one of ours, which nobody foresaw."""
+    return not isinstance(error, errors.PayError | OSError)
+
+
 def tell(error: Exception) -> int:
     """Prints what is to be said of an error; returns its exit code."""
     if isinstance(error, errors.PayError):

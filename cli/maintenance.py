@@ -1,6 +1,7 @@
-"""Commands about the database: migrate, expire-keys."""
+"""Commands about the database: migrate, expire-keys, recount."""
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     """Adds the commands of this group."""
     app.command(epilog="Example: eci-pay migrate --status")(migrate)
     app.command("expire-keys", epilog="Example: eci-pay expire-keys --dry-run")(expire_keys)
+    app.command(epilog="Example: eci-pay recount --dry-run")(recount)
 
 
 def migrate(
@@ -125,3 +127,21 @@ async def _delete_keys(service: "PaymentService") -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Deleting expired keys", total=await service.keys.count())
         return await service.keys.delete(lambda total: progress.update(bar, completed=total))
+
+
+def recount(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what differs.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the books, and put right the totals in the metrics that differ from them."""
+    corrections = run_use_case(lambda service: service.totals.recount(dry_run=dry_run))
+    if output.Mode.json:
+        told = [{**asdict(each), "amount": float(each.amount)} for each in corrections]
+        output.print_json({"corrected": not dry_run, "corrections": told})
+    elif not corrections:
+        print("the totals are what the books tell")
+    else:
+        rows = [(each.metric, each.label, f"{each.count:+,}", f"{each.amount:+,.2f}") for each in corrections]
+        headings = ("Total", "Of", "Number", "Amount")
+        output.console().print(output.table(headings, rows, right=headings[2:]))
+        print("nothing was changed" if dry_run else "put right")

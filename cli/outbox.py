@@ -1,6 +1,7 @@
 """The commands `outbox ...`: the messages that other services are told, and those that did not get through."""
 
 import json
+import math
 import re
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -153,10 +154,10 @@ def stats(as_json: JsonOption = False) -> None:
 def parse_age(text: str) -> timedelta:
     """A number with a unit: s, m, h, d or w; raises InvalidRequest."""
     found = re.fullmatch(r"([0-9]{1,9})([smhdw])", text.strip().lower())
-    age = timedelta(seconds=int(found[1]) * _SECONDS_OF_UNIT[found[2]]) if found else None
-    if age is None or age > timedelta(days=OLDER_THAN_DAYS_MAX):
+    seconds = int(found[1]) * _SECONDS_OF_UNIT[found[2]] if found else math.inf
+    if seconds > OLDER_THAN_DAYS_MAX * _SECONDS_OF_UNIT["d"]:
         raise errors.InvalidRequest(f"{text}: is no time such as 90d, 12h or 30m")
-    return age
+    return timedelta(seconds=seconds)
 
 
 def _print_page(page: "MessagePage") -> None:

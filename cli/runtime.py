@@ -77,7 +77,9 @@ def run_with_service(
     use: Callable[["PaymentService"], Awaitable[T]], *, changes: bool = False, busy: bool = False
 ) -> T:
     """`run_use_case` of a command that has more to do after it."""
+    from cli.failures import is_defect
     from eci_pay.service import open_database, payment_service
+    from eci_pay.totals import unexpected_errors
 
     settings = settings_of_command()
 
@@ -86,7 +88,15 @@ def run_with_service(
         async with payment_service(settings, url) as service:
             if changes:
                 await service.warn_of_untold()
-            return await use(service)
+            async with service.totals.counting_errors():
+                try:
+                    return await use(service)
+                except (typer.Exit, typer.Abort):
+                    raise
+                except Exception as error:
+                    if is_defect(error):
+                        unexpected_errors.add(1)
+                    raise
 
     return run(work(), busy=busy)
 

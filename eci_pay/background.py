@@ -13,7 +13,6 @@ from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX
 from eci_pay.outbox import PURGE_BATCH_SIZE_MAX
 from eci_pay.service import PaymentService
 from eci_pay.settings import Settings
-from eci_pay.totals import unexpected_errors
 
 TOTALS_INTERVAL_SECONDS = 5.0
 """How often changes of the totals are added up."""
@@ -57,13 +56,12 @@ async def background_tasks(
         tasks.append(asyncio.create_task(service.recovery.run_until(stopped, interval_seconds=interval_seconds)))
     if relays:
         tasks.append(asyncio.create_task(_relay_until(stopped, settings, service)))
-    logging.getLogger().addHandler(unexpected_errors)
-    try:
-        yield
-    finally:
-        stopped.set()
-        await asyncio.gather(*tasks)
-        logging.getLogger().removeHandler(unexpected_errors)
+    async with service.totals.counting_errors():
+        try:
+            yield
+        finally:
+            stopped.set()
+            await asyncio.gather(*tasks)
 
 
 async def _warn(service: PaymentService) -> None:
@@ -86,6 +84,8 @@ async def _delete_until(
         deleted = 0
         try:
             deleted = await delete_batch()
+        except Unavailable as error:
+            _log.warning("%s stay for now: %s", what, error)
         except Exception:  # whatever it is, it must not end the task: the next round tries again
             _log.exception("%s stay for now", what)
         if deleted:

@@ -6,6 +6,7 @@ prometheus_client takes as long to import as all else that a command at the term
 """
 
 from importlib.metadata import version
+from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class _Instruments:
             buckets=_SECONDS,
             registry=registry,
         )
+        # From nothing on, else Prometheus would not see the first ones increase.
+        for operation, outcome in product(("charge", "refund"), ("approved", "declined", "unknown", "unavailable")):
+            self.gateway_seconds.labels(operation, outcome)
         self.batch_rows = Histogram(
             "eci_pay_group_commit_batch_rows",
             "How many rows shared a statement and a commit",

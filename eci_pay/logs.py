@@ -25,7 +25,7 @@ _changes = logging.getLogger("eci_pay.changes")
 
 def configure_logs(level: str, log_format: LogFormat = "auto") -> None:
     """Sends every log line and every warning of this process through structlog, at `level` and above; `auto` means for
-    people where standard error is a terminal."""
+    people where standard error is a terminal. Errors are made in any case, for they are counted."""
     # What no line tells need not be found out for each.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
@@ -37,8 +37,9 @@ def configure_logs(level: str, log_format: LogFormat = "auto") -> None:
         ConsoleLines(colours=on_terminal and not os.environ.get("NO_COLOR")) if readable else JsonLines()
     )
     root = logging.getLogger()
+    handler.setLevel(level)
     root.handlers = [handler]
-    root.setLevel(level)
+    root.setLevel(min(handler.level, logging.ERROR))
     for noisy in ("asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(max(root.level, logging.WARNING))
     # While the database is away the pool tells so every second; whoever needs it tells it better.
@@ -147,7 +148,7 @@ def _add_context(event: "EventDict", subject: Subject | None) -> None:
 
 def _json(event: "EventDict", *, dump: Callable[..., bytes], **_: object) -> str:
     try:
-        return dump(event, fallback=repr, ensure_ascii=True).decode()
+        return dump(event, fallback=repr, ensure_ascii=True, inf_nan_mode="strings").decode()
     except Exception:  # whatever somebody gave us to log, the line must not be lost
         return json.dumps({str(name): _text(value) for name, value in event.items()})
 

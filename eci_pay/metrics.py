@@ -4,10 +4,13 @@ The books' figures come from the database at that moment: they are the same whic
 have the names that dashboards of the platform expect, which prometheus_client would not give them.
 """
 
+import asyncio
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -20,6 +23,12 @@ from eci_pay.service import PaymentService
 from eci_pay.totals import BookTotals, CurrencyTotal
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+BOOKS_SECONDS_MAX = 5.0
+"""How long a scrape waits for the figures of the books: Prometheus gives up after 10 s, and would then know nothing."""
+READS_AT_ONCE_MAX = 3
+"""How many scrapes of a process may read the books, those included that were not waited for."""
+
+_reads: "set[asyncio.Task[list[Metric]]]" = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +43,63 @@ class _Measured:
 
 
 async def exposition(service: PaymentService) -> bytes:
-    """The metrics as text; while the database is away, those of the processes alone."""
+    """The metrics as text; while the database is away or does not answer, those of the processes alone."""
     service.measure()
-    metrics: list[Metric] = []
+    metrics = await _read_in_time(service)
+    return _of_processes() + generate_latest(_Measured(metrics))
+
+
+async def _read_in_time(service: PaymentService) -> list[Metric]:
+    """The figures of the books; none where they take too long. They are not broken off then, for that may take as long
+    as they: they end by the limits of a statement."""
+    if len(_reads) >= READS_AT_ONCE_MAX:
+        return []
+    reading = asyncio.create_task(_read(service))
+    _reads.add(reading)
+    reading.add_done_callback(_reads.discard)
+    done, _ = await asyncio.wait({reading}, timeout=BOOKS_SECONDS_MAX)
+    return reading.result() if done else []
+
+
+async def _read(service: PaymentService) -> list[Metric]:
     with suppress(Unavailable):
-        metrics = [
+        return [
             *_books(await service.totals.read()),
             *await _recovery(service),
             *await _outbox(service),
             await _keys(service),
         ]
-    return _of_processes() + generate_latest(_Measured(metrics))
+    return []
 
 
 def _of_processes() -> bytes:
     """What this process has measured, or all workers of its server."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if directory is None:
         return generate_latest(start_measuring())
+    _forget_the_dead(Path(directory))
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
+
+
+def _forget_the_dead(directory: Path) -> None:
+    """What a worker that was killed did at its end is no more. What it has counted stays."""
+    for file in directory.glob("gauge_live*_*.db"):
+        if not _is_alive(int(file.stem.rpartition("_")[2])):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    if sys.platform == "win32":  # there the question would end the process
+        return True
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _books(totals: BookTotals) -> Iterator[Metric]:

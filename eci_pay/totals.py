@@ -8,11 +8,13 @@ row per status, method and currency of a whole batch. Now and then they are adde
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 
-from eci_pay.database import Database
+from eci_pay.database import Connection, Database, Row, fetch
+from eci_pay.errors import Unavailable
 from eci_pay.lifecycle import PaymentMethod, PaymentStatus
 
 
@@ -39,6 +41,16 @@ class BookTotals:
     def payments(self) -> int:
         """How many were recorded."""
         return sum(self.by_status.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """By how much a total was wrong: what it lacks by a count of the books, or, below zero, has too much."""
+
+    metric: str
+    label: str
+    count: int
+    amount: Decimal
 
 
 class ErrorCount(logging.Handler):
@@ -99,6 +111,27 @@ class Totals:
         """Adds up what was noted, so that it stays short, and notes this process's errors."""
         await self.note_errors()
         await self.database.fetch("totals_add_up")
+
+    async def recount(self, *, dry_run: bool = False) -> list[Correction]:
+        """Holds the totals against a count of the books, and puts them right unless it is a `dry_run`. They are wrong
+        where somebody has changed payments without them: a release before them, or an operator by hand."""
+
+        async def work(connection: Connection) -> list[Row]:
+            await fetch(connection, "totals_recount_lock")
+            return await fetch(connection, "totals_recount", {"notes": not dry_run})
+
+        return [Correction(**row) for row in await self.database.transaction(work)]
+
+    @asynccontextmanager
+    async def counting_errors(self) -> AsyncIterator[None]:
+        """Counts the unexpected errors of this process until the block ends, and tells the database of the last."""
+        logging.getLogger().addHandler(unexpected_errors)
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(unexpected_errors)
+            with suppress(Unavailable):
+                await self.note_errors()
 
     async def note_errors(self) -> None:
         """Tells the database of the unexpected errors of this process; they are kept where that fails."""

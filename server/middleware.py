@@ -19,6 +19,9 @@ from server.problems import http_problem, response_to
 STATUS_CLIENT_GONE = 499
 """In the log: the client went before it had sent its body. Nothing was begun. (nginx's number; never sent.)"""
 
+PATH_LENGTH_MAX = 2000
+"""How much of a path the log tells. What clients make up may be as long as they like."""
+
 OTHER = "other"
 """In the metrics: a path that no route has, or a method that its path does not take."""
 
@@ -67,7 +70,7 @@ class Requests:
                 "request",
                 extra={
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": scope["path"][:PATH_LENGTH_MAX],
                     "status": status,
                     "duration_ms": round(seconds * 1000, 2),
                     **_caller(scope),

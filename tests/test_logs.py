@@ -44,7 +44,9 @@ class Unshowable:
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("value", ["\u00e9\ud800", b"\xff", {1, 2}, object(), Unshowable(), {("a", "b"): 1}])
+@pytest.mark.parametrize(
+    "value", ["\u00e9\ud800", b"\xff", float("nan"), [float("-inf")], {1, 2}, object(), Unshowable(), {("a", "b"): 1}]
+)
 def test_no_value_costs_a_line(value: object) -> None:
     record = logging.makeLogRecord(
         {"name": "some", "levelname": "INFO", "msg": "%d\nlines", "args": (2,), "told": value}
@@ -52,7 +54,7 @@ def test_no_value_costs_a_line(value: object) -> None:
     line = JsonLines().format(record)
     assert line.isascii()
     assert "\n" not in line
-    event = json.loads(line)
+    event = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     assert (event["event"], event["level"], event["logger"]) == ("2\nlines", "info", "some")
     assert {"told", "timestamp"} <= set(event)
 

@@ -1,15 +1,21 @@
 """`/metrics`: what an operator's Prometheus sees."""
 
+import asyncio
 import shutil
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
-from eci_pay import outbox
+from eci_pay import metrics, outbox
 from eci_pay.payments import Payments
 from eci_pay.service import PaymentService
 from eci_pay.settings import Settings
+from server.run import MULTIPROCESS_DIRECTORY
 from tests.http_server import client_of, opening
 from tests.support import Books, CommandLine, ManualClock, charge_request, refund_request, until
 from tests.test_serving import charge, serving
@@ -106,6 +112,14 @@ async def test_requests_the_gateway_batches_and_replays_are_measured(api: httpx.
     assert [name for name in found if name.startswith("eci_pay_build_info{version=")]
 
 
+async def test_what_the_gateway_has_not_yet_answered_is_told_as_nothing(api: httpx.AsyncClient) -> None:
+    name = 'eci_pay_gateway_request_duration_seconds_count{operation="%s",outcome="%s"}'
+    found = await scraped(api)
+    for operation in ("charge", "refund"):
+        for outcome in ("approved", "declined", "unknown", "unavailable"):
+            assert name % (operation, outcome) in found
+
+
 async def test_an_unexpected_error_is_counted(
     api: httpx.AsyncClient, service: PaymentService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +187,52 @@ async def test_several_workers_tell_of_all_of_them(command_line: CommandLine) ->
         await until(charged_by_all)
         async with httpx.AsyncClient(base_url=server.address) as client:
             assert (await scraped(client))["payments_created_total"] == 40
+
+
+WORKER = """
+from eci_pay import instruments
+instruments.start_measuring()
+instruments.rows_waiting("create", 700)
+instruments.replayed()
+print(flush=True)
+input()
+"""
+
+
+async def test_rows_of_a_worker_that_was_killed_wait_no_longer(
+    api: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MULTIPROCESS_DIRECTORY, str(tmp_path))
+    pipe = asyncio.subprocess.PIPE
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", WORKER, stdin=pipe, stdout=pipe)
+    assert worker.stdout is not None
+    await worker.stdout.readline()
+    waiting, replays = 'eci_pay_group_commit_waiting_rows{kind="create"}', "eci_pay_idempotent_replays_total"
+    found = await scraped(api)
+    assert (found[waiting], found[replays]) == (700, 1)
+    worker.kill()
+    await worker.wait()
+    found = await scraped(api)
+    assert (found.get(waiting), found[replays]) == (None, 1)
+
+
+async def test_a_database_that_keeps_a_scrape_waiting_hides_only_the_books(
+    api: httpx.AsyncClient, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "BOOKS_SECONDS_MAX", 0.2)
+    async with await psycopg.AsyncConnection.connect(database_url) as session:
+        await session.execute("LOCK TABLE totals")
+        began = time.monotonic()
+        scrapes = [await scraped(api) for _ in range(metrics.READS_AT_ONCE_MAX + 1)]
+        assert time.monotonic() - began < 0.2 * metrics.READS_AT_ONCE_MAX + 1
+    for found in scrapes:
+        assert "payments_created_total" not in found
+        assert 'eci_pay_database_connections{state="busy"}' in found
+
+    async def has_the_books() -> bool:
+        return "payments_created_total" in await scraped(api)
+
+    await until(has_the_books)
 
 
 async def test_prometheus_has_nothing_to_say_of_them_but_of_the_platforms_names(api: httpx.AsyncClient) -> None:

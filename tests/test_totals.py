@@ -1,20 +1,26 @@
 """Running totals of the books: whatever happens, they are what a count of the books would tell."""
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator
 
 import pytest
 
+from cli.failures import EXIT_DEFECT
+from eci_pay.background import background_tasks
 from eci_pay.database import fetch
 from eci_pay.errors import PayError
 from eci_pay.lifecycle import PaymentMethod
 from eci_pay.migrations import load_sample_data
 from eci_pay.requests import StatusUpdateRequest, parse_request
 from eci_pay.service import PaymentService
+from eci_pay.settings import Settings
 from eci_pay.totals import BookTotals, unexpected_errors
+from tests.door import Door
 from tests.ledger import Ledger
-from tests.support import Books, ManualClock, charge_request, create_request, refund_request
+from tests.log_lines import logged
+from tests.support import Books, CommandLine, ManualClock, charge_request, create_request, refund_request, until
 from tests.test_recovery import charged, never_happened
 
 COUNTED = """
@@ -169,3 +175,74 @@ async def test_unexpected_errors_count_once_the_database_can_be_told(service: Pa
     await books.rows("ALTER TABLE elsewhere RENAME TO total_changes")
     await service.totals.add_up()
     assert (await service.totals.read()).errors == 8
+
+
+async def test_an_error_counts_even_where_the_log_does_not_tell_it(service: PaymentService) -> None:
+    with logged("json", level="CRITICAL") as lines:
+        async with service.totals.counting_errors():
+            logging.getLogger("some").error("failed", exc_info=ValueError("a defect"))
+            logging.getLogger("some").error("no defect")
+    assert lines() == []
+    assert (await service.totals.read()).errors == 1
+
+
+async def test_a_database_that_is_away_is_no_unexpected_error(
+    settings: Settings, far: PaymentService, door: Door
+) -> None:
+    door.shut()
+    with logged("json") as lines:
+
+        async def told() -> bool:
+            return "\n".join(lines()).count(" stay for now: the database cannot be reached") == 2
+
+        async with background_tasks(settings, far):
+            await until(told)
+    assert unexpected_errors.take() == 0
+
+
+async def test_a_commands_defect_counts(command_line: CommandLine, service: PaymentService, books: Books) -> None:
+    await charged(service, 1)
+    await books.rows("ALTER TABLE payments DROP CONSTRAINT payments_method_known")
+    await books.rows("UPDATE payments SET payment_method = 'BARTER'")  # as a newer release may know it
+    assert (await command_line.run("show", "1")).exit_code == EXIT_DEFECT
+    assert (await command_line.run("show", "2")).exit_code != EXIT_DEFECT
+    assert await books.value("SELECT sum(count) FROM total_changes WHERE metric = 'errors'") == 1
+
+
+@pytest.mark.usefixtures("rolling")
+async def test_a_recount_puts_right_what_was_changed_without_the_totals(service: PaymentService, books: Books) -> None:
+    await charged(service, 1)
+    await charged(service, 2)
+    unexpected_errors.add(1)
+    await service.totals.add_up()
+    assert await service.totals.recount() == []
+    await books.rows(
+        "INSERT INTO payments (order_id, user_id, amount, currency, payment_method, status, transaction_id)"
+        " VALUES (3, 7, 5, 'USD', 'UPI', 'COMPLETED', 'x')"
+    )
+    await books.rows("UPDATE payments SET status = 'FAILED', captured_at = NULL WHERE order_id = 2")
+    lacking = [
+        ("completed", "INR", -1, "-100.00"), ("completed", "USD", 1, "5.00"), ("method", "UPI", 1, "0"),
+        ("status", "FAILED", 1, "0"),
+    ]  # fmt: skip
+    for dry_run in (True, False):
+        told = await service.totals.recount(dry_run=dry_run)
+        assert [(each.metric, each.label, each.count, str(each.amount)) for each in told] == lacking
+    many = [service.totals.recount() for _ in range(5)]
+    going_on = [charged(service, order_id) for order_id in range(10, 20)]
+    found = (await asyncio.gather(asyncio.gather(*many), asyncio.gather(*going_on)))[0]
+    assert found == [[]] * 5
+    totals = await service.totals.read()
+    assert (totals.payments, totals.errors, totals.completed["INR"].count) == (13, 1, 11)
+
+
+async def test_the_command_recounts(command_line: CommandLine, service: PaymentService, books: Books) -> None:
+    await charged(service, 1)
+    assert (await command_line.run("recount")).stdout == "the totals are what the books tell\n"
+    await books.rows("DELETE FROM total_changes WHERE metric = 'completed'")
+    dry = await command_line.run("recount", "--dry-run")
+    assert (dry.exit_code, "+100.00" in dry.stdout, "nothing was changed" in dry.stdout) == (0, True, True)
+    put_right = await command_line.run("recount", "--json")
+    correction = {"metric": "completed", "label": "INR", "count": 1, "amount": 100.0}
+    assert put_right.json == {"corrected": True, "corrections": [correction]}
+    await assert_true(service, books)

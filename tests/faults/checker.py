@@ -7,6 +7,7 @@ from decimal import Decimal
 from http import HTTPStatus
 from typing import Any
 
+from eci_pay.database import fetch
 from tests.faults.customers import History, Request
 from tests.faults.ledger_gateway import Ledger
 from tests.peers import Peers
@@ -59,6 +60,7 @@ async def violations(books: Books, ledger: Ledger, history: History, peers: Peer
         *[row["fault"] for row in await books.rows(UNSETTLED)],
         *[row["fault"] for row in await books.rows(LATE_CHARGES)],
         *[str(row) for row in await books.rows(FAULTS_IN_BOOKS, 1)],
+        *[f"the totals lack {row}" for row in await fetch(books.connection, "totals_recount", {"notes": False})],
         *await _against_the_gateway(books, ledger),
         *await _against_the_customers(books, history),
         *await _against_the_peers(books, peers),
