@@ -86,6 +86,8 @@ async def _delete_until(
         deleted = 0
         try:
             deleted = await delete_batch()
+        except Unavailable as error:
+            _log.warning("%s stay for now: %s", what, error)
         except Exception:  # whatever it is, it must not end the task: the next round tries again
             _log.exception("%s stay for now", what)
         if deleted:

@@ -3,8 +3,6 @@
 Customers go on charging and refunding at a real server all the while; then the books are compared, as after a storm.
 
     python -m tests.faults.failover --times=10 --pooler=none
-
-The server's waits for its database are those of its defaults; the rest is as in a storm.
 """
 
 import argparse
@@ -30,7 +28,7 @@ from tests.faults.ledger_gateway import LedgerGateway
 from tests.faults.pgbouncer import Bouncer
 from tests.faults.postgres import Cluster
 from tests.faults.proxy import HOST, free_port
-from tests.faults.storm import OPEN, SETTINGS, SETTLE_SECONDS_MAX, Replica
+from tests.faults.storm import SETTINGS, SETTLE_SECONDS_MAX, Replica
 from tests.peers import Peers
 from tests.support import Books
 
@@ -44,7 +42,18 @@ PROBE_PAUSE_SECONDS = 0.05
 OWN_ORDER = 1_000_000
 """Of the charge that is tried while there is no primary."""
 OF_THE_DATABASE = ("DATABASE", "LOCK", "STATEMENT", "SETTLE")
-DEFAULTS = {name: value for name, value in SETTINGS.items() if not any(part in name for part in OF_THE_DATABASE)}
+SERVER = {
+    **{name: value for name, value in SETTINGS.items() if not any(part in name for part in OF_THE_DATABASE)},
+    "ECI_PAY_RECOVERY_GRACE_SECONDS": "2.5",
+}
+"""What the server's waits for its database are, is left to the defaults."""
+OPEN = """
+SELECT 1 FROM payments WHERE status = 'PROCESSING' OR refund_pending > 0
+UNION ALL SELECT 1 FROM recoveries WHERE state IN ('OPEN', 'LATE')
+UNION ALL SELECT 1 FROM outbox WHERE delivered_at IS NULL AND dead_at IS NULL
+LIMIT 1
+"""
+"""Not what was booked as never happened: this gateway is never late."""
 BEHIND_A_POOLER = {"ECI_PAY_LOCK_TIMEOUT_SECONDS": "0", "ECI_PAY_STATEMENT_TIMEOUT_SECONDS": "0"}
 """The role has them instead."""
 LIMITS_OF_ROLE = "ALTER ROLE postgres SET lock_timeout = '5s'; ALTER ROLE postgres SET statement_timeout = '30s'"
@@ -128,7 +137,7 @@ class Failover:
         )
         await stack.enter_async_context(self._peers.running())
         environment = {
-            **DEFAULTS,
+            **SERVER,
             **{f"{name.upper()}_SERVICE_URL": url for name, url in self._peers.urls.items()},
             "ECI_PAY_STRIPE_API_BASE": self._gateway.url,
             **(await self._way_to_the_database(stack)),

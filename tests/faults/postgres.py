@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -165,7 +166,8 @@ class Cluster:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(processes, timeout=START_TIMEOUT_SECONDS)
+        while any(_lives(process) for process in processes):
+            time.sleep(0.001)
         (self._home / "data" / "postmaster.pid").unlink()
 
     def _is_running(self) -> bool:
@@ -204,6 +206,14 @@ class Cluster:
             said = output.read()
         if result.returncode != 0:
             raise ProgramFailed(f"{' '.join(command)}: {said}\n{self.log}")
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it can still do anything; nobody may have asked yet how it ended."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_root() -> bool:
