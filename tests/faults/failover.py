@@ -44,9 +44,12 @@ OWN_ORDER = 1_000_000
 OF_THE_DATABASE = ("DATABASE", "LOCK", "STATEMENT", "SETTLE")
 SERVER = {
     **{name: value for name, value in SETTINGS.items() if not any(part in name for part in OF_THE_DATABASE)},
-    "ECI_PAY_RECOVERY_GRACE_SECONDS": "2.5",
+    "ECI_PAY_SEND_DEADLINE_SECONDS": "3",
+    "ECI_PAY_GATEWAY_TIMEOUT_SECONDS": "3",
+    "ECI_PAY_GATEWAY_WAIT_SECONDS": "5",
+    "ECI_PAY_RECOVERY_GRACE_SECONDS": "7",
 }
-"""What the server's waits for its database are, is left to the defaults."""
+"""How long it waits for its database is left to the defaults, and it sends what has waited for that."""
 OPEN = """
 SELECT 1 FROM payments WHERE status = 'PROCESSING' OR refund_pending > 0
 UNION ALL SELECT 1 FROM recoveries WHERE state IN ('OPEN', 'LATE')

@@ -91,8 +91,11 @@ async def test_nothing_that_was_acknowledged_is_lost_when_the_primary_dies(tmp_p
     short = {"ECI_PAY_DATABASE_POOL_TIMEOUT_SECONDS": "0.5"}
     figures = await Failover(1, tmp_path, pooler=pooler, settings=short).run()
     assert figures.violations == []
-    assert figures.probes == [(503, "2"), (201, None)]
-    assert figures.readiness[503] > 0
+    without_primary, afterwards = figures.probes
+    assert afterwards == (201, None)
+    if pooler == "none":  # a pooler may let a statement wait until there is a primary again
+        assert without_primary == (503, "2")
+        assert figures.readiness[503] > 0
     assert figures.resumed_seconds < RESUMED_SECONDS_MAX
 
 
