@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo serve test check faults bench constraints clean
+.PHONY: demo serve test check faults failover bench constraints clean
 
 # Everything below installs what it needs first, from hashed versions.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +30,9 @@ check: $(VENV)/.installed  ## Lint, format, types, import rules
 
 faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds=30"
 	$(BIN)/python -m tests.faults $(ARGS)
+
+failover: $(VENV)/.installed  ## Failovers under load; ARGS="--times=10 --pooler=old" (none, or new: from PgBouncer 1.21 on)
+	$(BIN)/python -m tests.faults.failover $(ARGS)
 
 BENCH ?= __main__
 bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, reconcile, startup or memory; ARGS="--rounds=1" for less

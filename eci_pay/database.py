@@ -5,6 +5,8 @@ is kept in a session between statements, so it works behind a pooler in transact
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -32,6 +34,11 @@ Connection = AsyncConnection[DictRow]
 Params = Mapping[str, Any]
 
 CONNECT_TIMEOUT_SECONDS = 5
+CONNECT_TIMEOUT_SECONDS_OF_EACH = 2
+"""Where the URL names several hosts: the next one is tried then. A host that drops packets must not use up the time
+for which a connection is waited for."""
+RECONNECT_SECONDS = 0.5
+"""How long after a failed try to connect the next one follows while somebody waits for a connection."""
 STATEMENT_MAX_SECONDS = 60.0
 """How long a statement may take where the settings leave that to the role."""
 ANSWER_MARGIN_SECONDS = 5.0
@@ -58,6 +65,21 @@ _OUT_OF_ORDER = (
 )
 
 
+class _PooledConnection(AsyncConnection[DictRow]):
+    """A connection that is given up where another would cancel its statement.
+
+    A commit that waits for its synchronous standby ends when it is cancelled, and counts, but on that server alone:
+    after a failover it would never have been.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.made_at = time.monotonic()
+
+    async def cancel_safe(self, *, timeout: float = 0.0) -> None:  # noqa: ARG002, ASYNC109 - psycopg's signature
+        self.pgconn.finish()
+
+
 class Database:
     """One pool of one process. Every method raises Unavailable where the database cannot be reached."""
 
@@ -65,9 +87,10 @@ class Database:
         statement_seconds = settings.eci_pay_statement_timeout_seconds or STATEMENT_MAX_SECONDS
         self._limit_seconds = statement_seconds + ANSWER_MARGIN_SECONDS
         self._info = connection_info(url, settings)
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._dropped_at = -math.inf
+        self._pool: AsyncConnectionPool[_PooledConnection] = AsyncConnectionPool(
             self._info,
-            connection_class=AsyncConnection[DictRow],
+            connection_class=_PooledConnection,
             kwargs={
                 "autocommit": True,
                 "row_factory": dict_row,
@@ -77,8 +100,9 @@ class Database:
             max_size=settings.eci_pay_database_pool_size,
             timeout=settings.eci_pay_database_pool_timeout_seconds,
             max_waiting=settings.eci_pay_database_queue_max,
-            # Its back-off doubles without a bound, so a long one would sleep through the database's return.
-            reconnect_timeout=settings.eci_pay_database_pool_timeout_seconds,
+            # Its own distance between tries begins at a second and doubles: it would sleep through a failover's end.
+            reconnect_timeout=RECONNECT_SECONDS,
+            reconnect_failed=_connect_for_those_who_wait,
             open=False,
         )
 
@@ -95,6 +119,16 @@ class Database:
         stats = self._pool.get_stats()
         size, idle = stats.get("pool_size", 0), stats.get("pool_available", 0)
         connections_now(idle=idle, busy=size - idle, waited_for=stats.get("requests_waiting", 0))
+
+    async def ping(self) -> None:
+        """Raises Unavailable where the database does not answer, lacks its tables, or takes no writes."""
+
+        async def run(connection: Connection) -> None:
+            (row,) = await fetch(connection, "ping")
+            if row["is_read_only"]:
+                raise errors.ReadOnlySqlTransaction("it is a standby, or read-only")
+
+        await self._repeated(lambda: self._run(run))
 
     async def fetch(self, name: str, params: Params | None = None) -> list[Row]:
         """Runs one named statement as a transaction of its own; ConnectionLost leaves open whether it committed."""
@@ -185,15 +219,31 @@ class Database:
             raise Unavailable(f"the database cannot be reached: {error}") from error
         try:
             with _translated(connection, self._limit_seconds):
-                async with asyncio.timeout(self._limit_seconds):
-                    return await work(connection)
-        except DatabaseSilent:
-            raise
+                try:
+                    async with asyncio.timeout(self._limit_seconds):
+                        return await work(connection)
+                except errors.ReadOnlySqlTransaction:
+                    # Of a server that is not the primary any more: kept, it would refuse for ever.
+                    await connection.close()
+                    raise
         except ConnectionLost:
-            await self._pool.check()  # after a restart of the database the others are gone as well
+            await self._drop_others(connection)
             raise
         finally:
             await self._pool.putconn(connection)
+
+    async def _drop_others(self, lost: _PooledConnection) -> None:
+        """After a failover or a restart the others are gone as well. To ask each whether it is would take as long as
+        TCP bears with a host that is silent. The loss of one that was made before the last time tells nothing new."""
+        if lost.made_at > self._dropped_at:
+            self._dropped_at = time.monotonic()
+            await self._pool.drain()
+
+
+async def _connect_for_those_who_wait(pool: AsyncConnectionPool[_PooledConnection]) -> None:
+    """The pool has given a connection up, and would try again only for who asks next."""
+    if pool.get_stats()["requests_waiting"]:
+        await pool.check()  # there are none to check: this lets it grow
 
 
 @contextmanager
@@ -279,22 +329,30 @@ def connection_info(url: str, settings: Settings) -> str:
     if options:
         options.append("-c jit=off")  # it takes longer than any statement of ours
     defaults: dict[str, Any] = {
-        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
         "application_name": settings.service_name,
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
+        # A host that has vanished is noticed in half the time after which a failover manager promotes another.
+        "keepalives_idle": 5,
+        "keepalives_interval": 3,
         "keepalives_count": 3,
-        "tcp_user_timeout": 30_000,
+        "tcp_user_timeout": 15_000,
     }
     # What the URL says comes last, and so counts.
     if all_options := " ".join([*options, str(given.get("options", ""))]).strip():
         given["options"] = all_options
-    return make_conninfo("", **{**defaults, **given})
+    return make_conninfo("", **{**defaults, **_choice_of_host(given), **given})
+
+
+def _choice_of_host(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How long a host is tried, and of several, which one is wanted: the primary, whichever that is now."""
+    if "," not in str(given.get("host") or given.get("hostaddr")):
+        return {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+    return {"connect_timeout": CONNECT_TIMEOUT_SECONDS_OF_EACH, "target_session_attrs": "read-write"}
 
 
 async def connect(url: str) -> Connection:
     """A connection beside the pool, for what takes longer than a request; raises Unavailable."""
-    info = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, **conninfo_to_dict(url)}
+    given = conninfo_to_dict(url)
+    info = {**_choice_of_host(given), **given}
     try:
         return await AsyncConnection[DictRow].connect(make_conninfo("", **info), autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:

@@ -52,6 +52,9 @@ class Phases:
                 return await settle()
             except Unavailable:
                 return await self._book_again(settle)
+        except Unavailable as error:
+            _log.error("what the gateway answered could not be booked: %s", error)
+            return None
         except Exception:
             _log.exception("what the gateway answered could not be booked")
             return None
@@ -86,6 +89,9 @@ class Phases:
         try:
             await idempotency.mark_unknown(self.database, key_id)
             return await idempotency.read_answer(self.database, key_id)
+        except Unavailable as error:
+            _log.warning("idempotency key %d stays in flight: %s", key_id, error)
+            return None
         except Exception:  # the gateway was asked: the caller is told 202 whatever happens here
             _log.exception("idempotency key %d stays in flight", key_id)
             return None

@@ -93,8 +93,8 @@ class PaymentService:
         return Stats(database=self.database, outbox=self.outbox, recovery=self.recovery, clock=self.clock)
 
     async def check_ready(self) -> None:
-        """Raises Unavailable where the database does not answer."""
-        await self.database.read("ping")
+        """Raises Unavailable where the database does not answer, or takes no writes."""
+        await self.database.ping()
 
     async def warn_of_untold(self) -> None:
         """Logs which services other processes tell of payments while this one does not; raises Unavailable."""

@@ -1,4 +1,7 @@
 -- Finds the begins that were committed although their connection was lost, in the shape of charge_begin.
+--
+-- The lock makes this a commit too, which waits for the synchronous standby: a begin that only this server has must not
+-- be believed, for after a failover it would never have been, and its order would be charged again.
 SELECT r.n, p.payment_id, p.begin_id, p.transaction_id, p.attempt, p.created_at,
        (
            SELECT max(t.transaction_log_id)
@@ -14,3 +17,4 @@ FROM unnest(
 JOIN payments p ON p.order_id = r.order_id AND p.begin_id = r.begin_id
 LEFT JOIN idempotency_keys k
     ON k.idempotency_key = r.idempotency_key AND k.caller = r.caller AND k.payment_id = p.payment_id
+FOR KEY SHARE OF p

