@@ -210,10 +210,11 @@ def _powers(role: str, rights: list[Rights], unbound: str | None) -> Iterator[Fi
         remedy = "serve as a role of its own, to which `eci-pay migrate --service-role` grants what is needed"
         yield _warning("powers", f"{role} {unbound}: whoever has its password can change the audit trail", remedy)
         return
-    beyond = [each for each in rights if each.excess]
+    beyond = [each for each in rights if each.excess or each.is_public]
     for each in beyond:
         remedy = f"run `eci-pay migrate --service-role {role}` as the tables' owner"
-        yield _warning("powers", f"{role} may {each.excess} on {each.name}, which nothing needs", remedy)
+        what = f"{role} may {each.excess} on {each.name}, which nothing needs"
+        yield _warning("powers", what if each.excess else f"everybody has privileges on {each.name}", remedy)
     if not beyond:
         yield _ok("powers", f"{role} may do nothing else")
 

@@ -36,11 +36,13 @@ still serves, it needs what it needed: a privilege is dropped one release after 
 class Rights:
     """What a role may do on one object (a table, a sequence, the schema, the database), held against what it needs.
 
-    `name` is quoted as SQL wants it.
+    `name` is quoted as SQL wants it; `is_public` tells of a table that PUBLIC may do something with.
     """
 
     kind: str
     name: str
+    is_public: bool
+    needed: str | None
     lacking: str | None
     excess: str | None
 
@@ -51,14 +53,8 @@ async def rights_of(connection: Connection, role: str) -> list[Rights]:
 
 
 async def why_unbound(connection: Connection, role: str) -> str | None:
-    """Why privileges do not bind the role, as a phrase about it; None where they do. Raises MigrationError where there
-    is no such role."""
-    rows = await fetch(connection, "role", {"relations": list(NEEDED), "role": role})
-    if not rows:
-        raise MigrationError(
-            f'there is no role "{role}": the administrator has to make it first, with CREATE ROLE ... LOGIN'
-        )
-    (found,) = rows
+    """Why privileges do not bind the role, as a phrase about it; None where they do."""
+    (found,) = await fetch(connection, "role", {"relations": list(NEEDED), "role": role})
     if found["is_superuser"]:
         return "is a superuser"
     if found["is_owner"]:
@@ -68,38 +64,45 @@ async def why_unbound(connection: Connection, role: str) -> str | None:
 
 async def check_bound(connection: Connection, role: str) -> None:
     """Raises MigrationError for a role that does not exist, and for one that privileges do not bind."""
-    if reason := await why_unbound(connection, role):
+    rows = await fetch(connection, "role", {"relations": list(NEEDED), "role": role})
+    if not rows:
+        raise MigrationError(
+            f'there is no role "{role}": the administrator has to make it first, with CREATE ROLE ... LOGIN'
+        )
+    reason = await why_unbound(connection, role)
+    if reason is None and rows[0]["may_act_as_us"]:
+        reason = "may act as the role that migrates"
+    if reason is not None:
         raise MigrationError(f'"{role}" {reason}: serve as a role of which privileges tell what it may do')
 
 
 async def changes_for(connection: Connection, role: str) -> list[sql.Composed]:
-    """The statements that give the role what it needs and take from it, and from PUBLIC, what is too much; none where
-    nothing is to be done."""
+    """The statements that give the role what it needs, and take from it what is too much; none where nothing is to be
+    done. PUBLIC keeps nothing of a table; of the schema and the database, only what the role may have."""
     changes = []
     for rights in await rights_of(connection, role):
+        is_table = rights.kind in ("TABLE", "SEQUENCE")
+        taken, given = ("ALL", rights.needed) if is_table else (rights.excess, rights.lacking)
         names = {"object": sql.SQL(f"{rights.kind} {rights.name}"), "role": sql.Identifier(role)}
-        if rights.excess:
-            text = f"REVOKE {rights.excess} ON {{object}} FROM PUBLIC, {{role}}"
-            changes.append(sql.SQL(text).format(**names))
-        if rights.lacking:
-            changes.append(sql.SQL(f"GRANT {rights.lacking} ON {{object}} TO {{role}}").format(**names))
+        if taken:
+            changes.append(sql.SQL(f"REVOKE {taken} ON {{object}} FROM PUBLIC, {{role}}").format(**names))
+        if given:
+            changes.append(sql.SQL(f"GRANT {given} ON {{object}} TO {{role}}").format(**names))
     return changes
 
 
 async def grant(connection: Connection, role: str) -> None:
     """Gives the role exactly what it needs. Raises MigrationError where some of that is not ours to give or to take."""
     async with connection.transaction():
-        await check_bound(connection, role)  # once more: now there are tables
         for change in await changes_for(connection, role):
             try:
                 async with connection.transaction():
                     await connection.execute(change)
             except psycopg.errors.InsufficientPrivilege as error:
-                raise MigrationError(
-                    f"{change.as_string()}: {first_line(error)}: somebody who may do that has to"
-                ) from error
+                reason = f"{first_line(error)}: somebody who may do that has to"
+                raise MigrationError(f"{change.as_string()}: {reason}") from error
         for left in await rights_of(connection, role):
-            what = f"still may {left.excess}" if left.excess else f"still lacks {left.lacking}"
+            what = f"still lacks {left.lacking}" if left.lacking else f"still may {left.excess or 'act as everybody'}"
             reason = "that is somebody else's to give and to take, or comes with another role"
             raise MigrationError(f'"{role}" {what} on {left.kind} {left.name}: {reason}')
 

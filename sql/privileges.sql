@@ -1,5 +1,6 @@
 -- What a role may do with our tables and their sequences, with the schema and the database, held against what it needs:
--- whether by itself, through PUBLIC or through roles that it is a member of. What does not exist is the schema's fault.
+-- whether by itself, through PUBLIC or through roles that it is a member of; and whether PUBLIC may do anything with a
+-- table. What does not exist is the schema's fault.
 WITH needed AS (
     SELECT to_regclass(name) AS relation, string_to_array(privileges, ', ') AS privileges
     FROM unnest(%(relations)s::text[], %(privileges)s::text[]) AS n (name, privileges)
@@ -21,21 +22,24 @@ object AS (
                WHEN 'S' THEN '{USAGE,SELECT,UPDATE}'::text[]
                ELSE '{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}'::text[]
                     || CASE WHEN current_setting('server_version_num')::integer >= 170000 THEN '{MAINTAIN}'::text[] END
-           END AS known
+           END AS known,
+           EXISTS (SELECT FROM aclexplode(relacl) WHERE grantee = 0) OR EXISTS (
+               SELECT FROM pg_attribute, aclexplode(attacl) WHERE attrelid = relation AND grantee = 0
+           ) AS is_public
     FROM of_table
     JOIN pg_class ON oid = relation
     UNION ALL
-    SELECT 'SCHEMA', quote_ident(nspname), oid, '{USAGE}', '{USAGE,CREATE}'
+    SELECT 'SCHEMA', quote_ident(nspname), oid, '{USAGE}', '{USAGE,CREATE}', false
     FROM pg_namespace
     WHERE nspname = current_schema()
     UNION ALL
     -- A reconciliation copies the gateway's file into a temporary table.
-    SELECT 'DATABASE', quote_ident(datname), oid, '{CONNECT,TEMPORARY}', '{CONNECT,CREATE,TEMPORARY}'
+    SELECT 'DATABASE', quote_ident(datname), oid, '{CONNECT,TEMPORARY}', '{CONNECT,CREATE,TEMPORARY}', false
     FROM pg_database
     WHERE datname = current_database()
 ),
 compared AS (
-    SELECT kind, name, privilege, n, privilege = ANY (privileges) AS is_needed,
+    SELECT kind, name, is_public, privilege, n, privilege = ANY (privileges) AS is_needed,
            CASE kind
                WHEN 'SEQUENCE' THEN has_sequence_privilege(%(role)s::name, oid, privilege)
                WHEN 'SCHEMA' THEN has_schema_privilege(%(role)s::name, oid, privilege)
@@ -47,10 +51,11 @@ compared AS (
     FROM object
     CROSS JOIN unnest(known) WITH ORDINALITY AS p (privilege, n)
 )
-SELECT kind, name,
+SELECT kind, name, is_public,
+       string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_needed) AS needed,
        string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_needed AND NOT is_held) AS lacking,
        string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_held AND NOT is_needed) AS excess
 FROM compared
-GROUP BY kind, name
-HAVING bool_or(is_needed <> is_held)
+GROUP BY kind, name, is_public
+HAVING bool_or(is_needed <> is_held) OR is_public
 ORDER BY kind, name

@@ -201,11 +201,11 @@ def door(service_url: str) -> Door:
 
 
 @pytest.fixture
-def opened(settings: Settings, database_url: str, gateway: RecordingGateway, clock: ManualClock) -> Opener:
+def opened(settings: Settings, service_url: str, gateway: RecordingGateway, clock: ManualClock) -> Opener:
     """Opens a service with another gateway, URL or settings."""
 
     def open_service(
-        *, url: str = database_url, gateway: RecordingGateway = gateway, **changed: object
+        *, url: str = service_url, gateway: RecordingGateway = gateway, **changed: object
     ) -> AbstractAsyncContextManager[PaymentService]:
         return payment_service(settings.model_copy(update=changed), url, gateway=gateway, clock=clock)
 
