@@ -30,6 +30,7 @@ from tests import contract
 from tests.door import Door
 from tests.ledger import Ledger
 from tests.peers import Peers
+from tests.previous_release import PreviousRelease, unpacked
 from tests.support import (
     Books,
     CommandLine,
@@ -289,6 +290,12 @@ async def recovering(opened: Opener, peers: Peers, ledger: Ledger) -> AsyncItera
     """The use cases over `ledger`, where all three peers are configured."""
     async with opened(gateway=ledger, **peers.settings()) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def previous_release(tmp_path_factory: pytest.TempPathFactory) -> PreviousRelease:
+    """The release before this one."""
+    return unpacked(tmp_path_factory.mktemp("previous_release"))
 
 
 @pytest.fixture
