@@ -30,7 +30,7 @@ run on empty tables."""
 ALONE = re.compile(
     r"(CREATE (UNIQUE )?INDEX CONCURRENTLY|DROP INDEX CONCURRENTLY|ALTER TABLE \w+ VALIDATE CONSTRAINT) [^;]*;?\s*"
 )
-"""What may stand outside a transaction. It waits for a lock without a bound, so no charge may have to wait behind it."""
+"""What may stand outside a transaction: it waits for a lock without a bound, so no charge may wait behind it."""
 
 _COLUMNS = """
     SELECT format('%%s.%%s', c.relname, a.attname) AS name, format_type(a.atttypid, a.atttypmod) AS type,
