@@ -1,6 +1,7 @@
 """What the runbook says of dumps: a restored one is whole, and what came after it only the gateway's file tells."""
 
 import asyncio
+import itertools
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -30,6 +31,7 @@ from tests.support import (
     charge_request,
     create_request,
     refund_request,
+    until,
 )
 from tests.test_migrations import ALL_TABLES
 from tests.test_observability import OPERATIONS
@@ -182,18 +184,27 @@ async def test_a_dump_that_is_taken_while_others_pay_is_of_one_moment(
     service_role: str | None,
     opened: Opener,
 ) -> None:
-    order_ids = iter(range(1, 2000))
-    dumping = asyncio.create_task(dump())
+    order_ids = itertools.count(1)
+    paid: list[int] = []
+    is_over = asyncio.Event()
 
     async def customer() -> None:
-        while not dumping.done():
-            await give_back(telling, await pay(telling, next(order_ids)), "10.00")
+        while not is_over.is_set():
+            paid.append(await pay(telling, next(order_ids)))
+            await give_back(telling, paid[-1], "10.00")
 
-    await asyncio.gather(*(customer() for _ in range(8)))
-    url = await restored(await dumping)
+    async def backup() -> str:
+        await until(lambda: asyncio.sleep(0, len(paid) > 50))
+        file = await dump()
+        is_over.set()
+        return await restored(file)
+
+    customers = asyncio.gather(*(customer() for _ in range(8)))
+    url = await backup()
+    await customers
     async with books_of(url) as copy, opened(url=as_role(url, service_role)) as service:
         assert await copy.rows(FAULTS_IN_BOOKS, 1) == []
-        await assert_true(service, copy)
+        assert 50 < (await assert_true(service, copy)).payments < len(paid)
 
 
 async def test_what_came_after_the_dump_is_told_by_the_gateways_file_and_put_right_as_the_runbook_says(
