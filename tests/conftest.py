@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import fasteners
@@ -302,3 +303,9 @@ def previous_release(tmp_path_factory: pytest.TempPathFactory) -> PreviousReleas
 def command_line(service_url: str, tmp_path: Path) -> CommandLine:
     """The installed command `eci-pay`, on the test's database."""
     return CommandLine({"DATABASE_URL": service_url, "ECI_PAY_SIMULATED_SLOW_SECONDS": "0.05"}, tmp_path)
+
+
+@pytest.fixture
+def owner_command_line(command_line: CommandLine, database_url: str) -> CommandLine:
+    """The same for the owner of the tables, who may also make databases."""
+    return replace(command_line, environment={**command_line.environment, "DATABASE_URL": database_url})
