@@ -29,6 +29,13 @@ def migrate(
     with_sample_data: Annotated[
         bool, typer.Option("--with-sample-data", help="Fill an empty database with samples.")
     ] = False,
+    service_role: Annotated[
+        str | None,
+        typer.Option(
+            help="Give the role that serves the privileges it needs, and no others. Default: ECI_PAY_SERVICE_ROLE.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring the database to this release's schema."""
@@ -38,6 +45,7 @@ def migrate(
     if sum((status, dry_run, with_sample_data)) > 1:
         raise errors.InvalidRequest("--status, --dry-run and --with-sample-data exclude each other")
     settings = settings_of_command()
+    role = settings.eci_pay_service_role if service_role is None else service_role
     bundled = migrations.bundled_migrations()
 
     async def show_status() -> None:
@@ -45,25 +53,33 @@ def migrate(
         _print_states(states)
 
     async def show_sql() -> None:
-        pending = await migrations.pending_migrations(await database_url(settings), bundled)
+        url = await database_url(settings)
+        pending = await migrations.pending_migrations(url, bundled)
+        changes = [] if role is None else await migrations.privilege_changes(url, role)
         if output.Mode.json:
-            output.print_json([{"name": m.name, "sql": m.text} for m in pending])
+            scripts = [(m.name, m.text) for m in pending] + [("privileges", change) for change in changes]
+            output.print_json([{"name": name, "sql": text} for name, text in scripts])
         else:
             print("\n".join(f"-- {m.name}\n{m.text}" for m in pending), end="")
+            print("".join(f"{change};\n" for change in changes), end="")
         output.note(f"{len(pending)} migrations would be applied")
+        if role is not None:
+            output.note(f"{len(changes)} privileges of {role} would change, beside those on new tables")
 
     async def apply() -> None:
         url = await database_url(settings)
-        applied = await migrations.migrate(url, bundled)
+        applied = await migrations.migrate(url, bundled, service_role=role)
         loaded = await migrations.load_sample_data(url) if with_sample_data else 0
         if output.Mode.json:
-            output.print_json({"applied": [m.name for m in applied], "sample_payments": loaded})
+            output.print_json({"applied": [m.name for m in applied], "sample_payments": loaded, "service_role": role})
             return
         for migration in applied:
             print(f"applied {migration.name}")
         if with_sample_data:
             print(f"loaded {loaded} sample payments")
         print(f"the schema is at version {bundled[-1].version}")
+        if role is not None:
+            print(f"{role} may do what the service needs, and nothing else")
 
     run(show_status() if status else show_sql() if dry_run else apply())
 

@@ -185,7 +185,7 @@ class Database:
                         await connection.execute(_LONG_LIMITS)
                         return await work(connection)
             except _CONFLICTS as error:
-                raise Unavailable(f"the database is too contended: {_first_line(error)}") from error
+                raise Unavailable(f"the database is too contended: {first_line(error)}") from error
 
     async def _repeated(self, read: Callable[[], Awaitable[T]]) -> T:
         for _ in range(READ_TRIES_MAX - 1):
@@ -257,15 +257,15 @@ def _translated(connection: Connection, limit_seconds: float) -> Iterator[None]:
         # The server does not even keep its own statement_timeout. Nobody knows what it will still do.
         raise DatabaseSilent(f"the database did not answer within {limit_seconds:.0f} s") from error
     except errors.LockNotAvailable as error:
-        raise Busy(f"the database is busy: {_first_line(error)}") from error
+        raise Busy(f"the database is busy: {first_line(error)}") from error
     except errors.QueryCanceled as error:
-        raise Unavailable(f"the database is busy: {_first_line(error)}") from error
+        raise Unavailable(f"the database is busy: {first_line(error)}") from error
     except _SCHEMA as error:
-        raise SchemaOutdated(f"{_first_line(error)}: run `eci-pay migrate`") from error
+        raise SchemaOutdated(f"{first_line(error)}: run `eci-pay migrate`") from error
     except _OUT_OF_ORDER as error:
         if connection.broken or connection.closed:
-            raise ConnectionLost(f"the connection to the database was lost: {_first_line(error)}") from error
-        raise Unavailable(f"the database refuses: {_first_line(error)}") from error
+            raise ConnectionLost(f"the connection to the database was lost: {first_line(error)}") from error
+        raise Unavailable(f"the database refuses: {first_line(error)}") from error
 
 
 async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:
@@ -356,7 +356,7 @@ async def connect(url: str) -> Connection:
     try:
         return await AsyncConnection[DictRow].connect(make_conninfo("", **info), autocommit=True, row_factory=dict_row)
     except psycopg.OperationalError as error:
-        raise Unavailable(f"the database cannot be reached: {_first_line(error)}") from error
+        raise Unavailable(f"the database cannot be reached: {first_line(error)}") from error
 
 
 async def create_database(url: str, name: str) -> str:
@@ -365,7 +365,7 @@ async def create_database(url: str, name: str) -> str:
         try:
             await connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         except psycopg.Error as error:
-            raise Unavailable(f"database {name} cannot be created: {_first_line(error)}") from error
+            raise Unavailable(f"database {name} cannot be created: {first_line(error)}") from error
     return make_conninfo(url, dbname=name)
 
 
@@ -375,5 +375,6 @@ async def drop_database(url: str, name: str) -> None:
         await connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the driver says, without the place in the statement that it says it of."""
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

@@ -10,12 +10,14 @@ from typing import Any
 
 import aiohttp
 
+from eci_pay import privileges
 from eci_pay.database import Connection, connect, connection_info, fetch
 from eci_pay.errors import PayError, SettingsInvalid
 from eci_pay.gateways.configured import configured_gateway
 from eci_pay.gateways.simulated import SimulatedGateway
 from eci_pay.messages import Destination, service_urls
 from eci_pay.migrations import bundled_migrations, migration_states
+from eci_pay.privileges import Rights, quoted
 from eci_pay.recovery import Summary
 from eci_pay.service import PaymentService, database_url, payment_service, system_clock
 from eci_pay.settings import Settings
@@ -127,12 +129,15 @@ class _DatabaseChecks:
         asked_at = self._clock()
         (server,) = await fetch(connection, "doctor_server")
         answered_at = self._clock()
-        rights = await fetch(connection, "doctor_rights")
+        role = server["role"]
+        rights = await privileges.rights_of(connection, role)
+        unbound = await privileges.why_unbound(connection, role)
         has_pooler = server["backend_pid"] != connection.info.backend_pid
         return [
             _version(server["major"], server["version"]),
             _clock_skew(asked_at, server["now"], answered_at),
-            *_rights(server["role"], {row["relation"]: row["lacking"] for row in rights}, server["is_read_only"]),
+            *_rights(role, rights, server["is_read_only"]),
+            *([] if self._settings.database_url is None else _powers(role, rights, unbound)),
             *_durability(server["has_fsync"], server["has_synchronous_commit"]),
             _prepared(has_pooler, self._settings.eci_pay_prepare_statements),
         ]
@@ -167,7 +172,7 @@ async def _schema(url: str) -> AsyncIterator[Finding]:
     states = await migration_states(url, bundled_migrations())
     missing = [state.name for state in states if state.applied_at is None]
     if missing:
-        yield _fault("schema", f"it lacks {', '.join(missing)}", "run `eci-pay migrate`")
+        yield _fault("schema", f"it lacks {', '.join(missing)}", "run `eci-pay migrate` as the tables' owner")
     for state in states:
         if state.fault and state.is_unknown:
             yield _warning("schema", state.fault, "run the newer release")
@@ -188,15 +193,30 @@ def _clock_skew(asked_at: datetime, told: datetime, answered_at: datetime) -> Fi
     return _ok("clocks", "this machine and the database agree")
 
 
-def _rights(role: str, lacking: dict[str, str], is_read_only: bool) -> Iterator[Finding]:
+def _rights(role: str, rights: list[Rights], is_read_only: bool) -> Iterator[Finding]:
+    lacking = [each for each in rights if each.lacking]
     if is_read_only:
         yield _fault("rights", "the database takes no writes: a standby, or read-only", "connect to the primary")
-    for relation, privileges in lacking.items():
-        kind = "SEQUENCE " if relation.endswith("_seq") else ""
-        remedy = f"GRANT {privileges} ON {kind}{relation} TO {role}"
-        yield _fault("rights", f"{role} lacks {privileges} on {relation}", remedy)
+    for each in lacking:
+        remedy = f"GRANT {each.lacking} ON {each.kind} {each.name} TO {quoted(role)}"
+        yield _fault("rights", f"{role} lacks {each.lacking} on {each.name}", remedy)
     if not lacking and not is_read_only:
         yield _ok("rights", f"{role} may do all that is needed")
+
+
+def _powers(role: str, rights: list[Rights], unbound: str | None) -> Iterator[Finding]:
+    """What it may do beyond that. The embedded server has one role alone, which owns it."""
+    if unbound:
+        remedy = "serve as a role of its own, to which `eci-pay migrate --service-role` grants what is needed"
+        yield _warning("powers", f"{role} {unbound}: whoever has its password can change the audit trail", remedy)
+        return
+    beyond = [each for each in rights if each.excess or each.is_public]
+    for each in beyond:
+        remedy = f"run `eci-pay migrate --service-role {role}` as the tables' owner"
+        what = f"{role} may {each.excess} on {each.name}, which nothing needs"
+        yield _warning("powers", what if each.excess else f"everybody has privileges on {each.name}", remedy)
+    if not beyond:
+        yield _ok("powers", f"{role} may do nothing else")
 
 
 def _durability(has_fsync: bool, has_synchronous_commit: bool) -> Iterator[Finding]:

@@ -19,7 +19,8 @@ import psycopg
 from psycopg import sql
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from eci_pay.database import Connection, connect
+from eci_pay import privileges
+from eci_pay.database import Connection, connect, first_line
 from eci_pay.errors import MigrationError, SchemaOutdated, Unavailable
 from eci_pay.statements import statement
 
@@ -31,7 +32,7 @@ LOCK_TRY_SECONDS, LOCK_PAUSE_SECONDS = 2, 1.0
 
 _NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _CREATE_RECORD = b"""
-CREATE TABLE IF NOT EXISTS schema_migrations (
+CREATE TABLE schema_migrations (
     version integer PRIMARY KEY,
     name varchar(200) NOT NULL,
     checksum varchar(64) NOT NULL,
@@ -95,13 +96,21 @@ async def migration_states(url: str, migrations: list[Migration]) -> list[Migrat
         return await _states(connection, migrations)
 
 
-async def migrate(url: str, migrations: list[Migration]) -> list[Migration]:
-    """Applies what is pending and returns it. Raises MigrationError, naming the file, and Unavailable."""
+async def migrate(url: str, migrations: list[Migration], *, service_role: str | None = None) -> list[Migration]:
+    """Applies what is pending and returns it; then gives `service_role` the privileges that it needs, and no others.
+
+    Raises MigrationError, naming the file or the privilege, and Unavailable.
+    """
     async with _connected(url) as connection, _exclusively(connection):
-        await connection.execute(_CREATE_RECORD)
+        if service_role is not None:
+            await privileges.check_bound(connection, service_role)
+        if not await _is_recorded(connection):
+            await connection.execute(_CREATE_RECORD)
         pending = await _pending(connection, migrations)
         for migration in pending:
             await _apply(connection, migration)
+        if service_role is not None:
+            await privileges.grant(connection, service_role)
         return pending
 
 
@@ -109,6 +118,14 @@ async def pending_migrations(url: str, migrations: list[Migration]) -> list[Migr
     """What `migrate` would apply; raises MigrationError as it would."""
     async with _connected(url) as connection:
         return await _pending(connection, migrations)
+
+
+async def privilege_changes(url: str, service_role: str) -> list[str]:
+    """The statements with which `migrate` would change the role's privileges on what is there already; raises
+    MigrationError as it would."""
+    async with _connected(url) as connection:
+        await privileges.check_bound(connection, service_role)
+        return [change.as_string() for change in await privileges.changes_for(connection, service_role)]
 
 
 async def check_schema(url: str, migrations: list[Migration]) -> list[str]:
@@ -123,7 +140,7 @@ async def check_schema(url: str, migrations: list[Migration]) -> list[str]:
         raise MigrationError("; ".join(changed))
     missing = [state.name for state in states if state.applied_at is None]
     if missing:
-        raise SchemaOutdated(f"the database lacks {', '.join(missing)}: run `eci-pay migrate`")
+        raise SchemaOutdated(f"the database lacks {', '.join(missing)}: run `eci-pay migrate` as the tables' owner")
     return [state.name for state in states if state.is_unknown]
 
 
@@ -149,15 +166,23 @@ async def _connected(url: str) -> AsyncIterator[Connection]:
     async with await connect(url) as connection:
         try:
             yield connection
+        except psycopg.errors.InsufficientPrivilege as error:
+            hint = "the owner of the tables has to run `eci-pay migrate --service-role` for the role that serves"
+            raise Unavailable(f"the database refuses: {first_line(error)}: {hint}") from error
         except psycopg.Error as error:
             raise Unavailable(f"the database refuses: {error}") from error
 
 
-async def _states(connection: Connection, migrations: list[Migration]) -> list[MigrationState]:
+async def _is_recorded(connection: Connection) -> bool:
+    """Whether there is a record of migrations; who finds one need not be allowed to make one."""
     cursor = await connection.execute(b"SELECT to_regclass('schema_migrations') IS NOT NULL AS present")
     row = await cursor.fetchone()
+    return row is not None and bool(row["present"])
+
+
+async def _states(connection: Connection, migrations: list[Migration]) -> list[MigrationState]:
     applied = {}
-    if row is not None and row["present"]:
+    if await _is_recorded(connection):
         cursor = await connection.execute(b"SELECT version, name, checksum, applied_at FROM schema_migrations")
         applied = {record["version"]: record for record in await cursor.fetchall()}
     states = []
@@ -204,6 +229,9 @@ async def _apply(connection: Connection, migration: Migration) -> None:
             await _drop_cut_off_indexes(connection, migration)
             await connection.execute(migration.text.encode())
             await _record(connection, migration)
+    except psycopg.errors.InsufficientPrivilege as error:
+        reason = f"{first_line(error)}: migrations run as the owner of the tables"
+        raise MigrationError(f"{migration.name}: {reason}") from error
     except psycopg.OperationalError as error:
         raise Unavailable(f"{migration.name}: {error}") from error
     except psycopg.Error as error:
@@ -211,9 +239,10 @@ async def _apply(connection: Connection, migration: Migration) -> None:
 
 
 async def _patiently(connection: Connection, migration: Migration) -> None:
-    """Runs it again and again until it gets its locks: while it waits for one, everybody else waits behind it."""
+    """Runs it again and again until it gets its locks: while it waits for one, everybody else waits behind it. So does
+    one that was the victim of a deadlock, because it wants several tables."""
     retrying = AsyncRetrying(
-        retry=retry_if_exception_type(psycopg.errors.LockNotAvailable),
+        retry=retry_if_exception_type((psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)),
         stop=stop_after_delay(LOCK_WAIT_MAX_SECONDS),
         wait=wait_fixed(LOCK_PAUSE_SECONDS),
         reraise=True,

@@ -114,6 +114,8 @@ class Settings(BaseSettings):
     """The longest wait for a row lock; 0 sends no such option (a pooler may refuse it) and leaves it to the role."""
     eci_pay_statement_timeout_seconds: SecondsOrZero = 30.0
     """The longest a statement may run; 0 as above."""
+    eci_pay_service_role: str | None = None
+    """The role to which `migrate` grants what the service needs; unset, it grants nothing."""
 
     eci_pay_group_commit_lanes: int = Field(default=2, ge=1, le=16)
     """How many batches of a kind one process writes at a time: of charges that begin, of charges that settle..."""

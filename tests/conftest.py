@@ -7,17 +7,20 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import fasteners
 import httpx
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
 from eci_pay.database import create_database, drop_database
 from eci_pay.embedded import embedded_url
 from eci_pay.migrations import bundled_migrations, migrate
+from eci_pay.privileges import NEEDED
 from eci_pay.relay import Relay, connected_relay
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
@@ -25,6 +28,7 @@ from tests.door import Door
 from tests.http_server import client_of, opening
 from tests.ledger import Ledger
 from tests.peers import Peers
+from tests.previous_release import PreviousRelease, unpacked
 from tests.support import (
     Books,
     CommandLine,
@@ -39,6 +43,8 @@ from tests.support import (
 
 SHARED_DIR = Path(tempfile.gettempdir()) / f"eci-pay-tests-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 """Kept between runs: its server is created once, and its template database once per set of migrations."""
+
+SERVICE_ROLE = "eci_pay_tests_service"
 
 _numbers = itertools.count(1)
 
@@ -65,11 +71,25 @@ def _shared_server() -> str:
 
 
 @pytest.fixture(scope="session")
-def template(server_url: str) -> str:
+def service_role(server_url: str) -> str | None:
+    """The role as which the service runs in all tests, kept like the template; None where the server lets nobody make
+    one."""
+    with fasteners.InterProcessLock(_shared_lock()), psycopg.connect(server_url, autocommit=True) as connection:
+        try:
+            if connection.execute("SELECT FROM pg_roles WHERE rolname = %s", (SERVICE_ROLE,)).fetchone() is None:
+                connection.execute(f"CREATE ROLE {SERVICE_ROLE}")
+            connection.execute(f"SET ROLE {SERVICE_ROLE}")
+        except psycopg.errors.InsufficientPrivilege:
+            return None
+    return SERVICE_ROLE
+
+
+@pytest.fixture(scope="session")
+def template(server_url: str, service_role: str | None) -> str:
     """The name of a migrated, empty database, made once for all workers."""
     migrations = bundled_migrations()
-    checksums = "".join(migration.checksum for migration in migrations)
-    name = f"eci_pay_template_{hashlib.sha256(checksums.encode()).hexdigest()[:16]}"
+    makings = [*(migration.checksum for migration in migrations), repr(NEEDED), str(service_role)]
+    name = f"eci_pay_template_{hashlib.sha256(''.join(makings).encode()).hexdigest()[:16]}"
 
     async def make() -> None:
         async with await psycopg.AsyncConnection.connect(server_url, autocommit=True) as connection:
@@ -78,22 +98,32 @@ def template(server_url: str) -> str:
                 return
         await drop_database(server_url, f"{name}_new")
         url = await create_database(server_url, f"{name}_new")
-        await migrate(url, migrations)
+        await migrate(url, migrations, service_role=service_role)
         async with await psycopg.AsyncConnection.connect(server_url, autocommit=True) as connection:
             await connection.execute(f"ALTER DATABASE {name}_new RENAME TO {name}".encode())
 
-    SHARED_DIR.mkdir(parents=True, exist_ok=True)
-    with fasteners.InterProcessLock(SHARED_DIR / "template.lock"):
+    with fasteners.InterProcessLock(_shared_lock()):
         asyncio.run(make())
     return name
 
 
+def _shared_lock() -> Path:
+    SHARED_DIR.mkdir(parents=True, exist_ok=True)
+    return SHARED_DIR / "template.lock"
+
+
 @pytest.fixture
 async def database_url(server_url: str, template: str) -> AsyncIterator[str]:
-    """A migrated, empty database of the test's own."""
+    """A migrated, empty database of the test's own, for the owner of its tables."""
     name = f"eci_pay_test_{os.getpid()}_{next(_numbers)}"
     yield await clone_database(server_url, template, name)
     await drop_database(server_url, name)
+
+
+@pytest.fixture
+def service_url(database_url: str, service_role: str | None) -> str:
+    """The same database for whoever serves, with the privileges of that alone."""
+    return database_url if service_role is None else make_conninfo(database_url, options=f"-c role={service_role}")
 
 
 @pytest.fixture
@@ -127,11 +157,11 @@ async def sessions(database_url: str) -> AsyncIterator[Sessions]:
 
 
 @pytest.fixture
-def settings(database_url: str) -> Settings:
+def settings(service_url: str) -> Settings:
     """Settings of a service over the test's database, its waits short."""
     return Settings.model_validate(
         {
-            "database_url": database_url,
+            "database_url": service_url,
             "eci_pay_simulated_slow_seconds": 0.05,
             "eci_pay_settle_retry_seconds": 2.0,
             "eci_pay_database_pool_timeout_seconds": 20.0,
@@ -156,25 +186,25 @@ def gateway(settings: Settings) -> RecordingGateway:
 
 @pytest.fixture
 async def service(
-    settings: Settings, database_url: str, gateway: RecordingGateway, clock: ManualClock
+    settings: Settings, service_url: str, gateway: RecordingGateway, clock: ManualClock
 ) -> AsyncIterator[PaymentService]:
     """The use cases over the test's database."""
-    async with payment_service(settings, database_url, gateway=gateway, clock=clock) as opened:
+    async with payment_service(settings, service_url, gateway=gateway, clock=clock) as opened:
         yield opened
 
 
 @pytest.fixture
-def door(database_url: str) -> Door:
+def door(service_url: str) -> Door:
     """The proxy between `far` and the database."""
-    return Door(database_url)
+    return Door(service_url)
 
 
 @pytest.fixture
-def opened(settings: Settings, database_url: str, gateway: RecordingGateway, clock: ManualClock) -> Opener:
+def opened(settings: Settings, service_url: str, gateway: RecordingGateway, clock: ManualClock) -> Opener:
     """Opens a service with another gateway, URL or settings."""
 
     def open_service(
-        *, url: str = database_url, gateway: RecordingGateway = gateway, **changed: object
+        *, url: str = service_url, gateway: RecordingGateway = gateway, **changed: object
     ) -> AbstractAsyncContextManager[PaymentService]:
         return payment_service(settings.model_copy(update=changed), url, gateway=gateway, clock=clock)
 
@@ -242,7 +272,19 @@ async def recovering(opened: Opener, peers: Peers, ledger: Ledger) -> AsyncItera
         yield service
 
 
+@pytest.fixture(scope="session")
+def previous_release(tmp_path_factory: pytest.TempPathFactory) -> PreviousRelease:
+    """The release before this one."""
+    return unpacked(tmp_path_factory.mktemp("previous_release"))
+
+
 @pytest.fixture
-def command_line(database_url: str, tmp_path: Path) -> CommandLine:
+def command_line(service_url: str, tmp_path: Path) -> CommandLine:
     """The installed command `eci-pay`, on the test's database."""
-    return CommandLine({"DATABASE_URL": database_url, "ECI_PAY_SIMULATED_SLOW_SECONDS": "0.05"}, tmp_path)
+    return CommandLine({"DATABASE_URL": service_url, "ECI_PAY_SIMULATED_SLOW_SECONDS": "0.05"}, tmp_path)
+
+
+@pytest.fixture
+def owner_command_line(command_line: CommandLine, database_url: str) -> CommandLine:
+    """The same for the owner of the tables, who may also make databases."""
+    return replace(command_line, environment={**command_line.environment, "DATABASE_URL": database_url})

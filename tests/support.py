@@ -222,6 +222,7 @@ class CommandLine:
 
     environment: Mapping[str, str]
     directory: Path
+    command: tuple[str | Path, ...] = (COMMAND,)
     inherited: tuple[str, ...] = field(default=("PATH", "HOME", "LANG", "SYSTEMROOT", "XDG_RUNTIME_DIR"))
 
     def full_environment(self) -> dict[str, str]:
@@ -232,7 +233,7 @@ class CommandLine:
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
         """Starts a command and leaves it running."""
         return await asyncio.create_subprocess_exec(
-            COMMAND,
+            *self.command,
             *arguments,
             cwd=self.directory,
             env=self.full_environment(),

@@ -82,7 +82,7 @@ async def test_what_is_well_is_told_check_by_check(command_line: CommandLine, pe
     assert as_json.json["database_reached"] is True
     verdicts = {(each["check"], each["verdict"]) for each in as_json.json["findings"]} - {("durability", "warning")}
     assert verdicts - {("durability", "ok")} == {
-        *((name, "ok") for name in ("settings", "database", "schema", "clocks", "rights", "pooler")),
+        *((name, "ok") for name in ("settings", "database", "schema", "clocks", "rights", "powers", "pooler")),
         *(
             (name, "ok")
             for name in ("keys", "messages", "outcomes", "peer order", "peer inventory", "peer notification")
@@ -184,7 +184,7 @@ async def test_every_table_that_the_role_may_not_use_is_told_with_the_grant_it_n
     diagnosis = await diagnose(as_role(settings, database_url, clerk))
     remedies = [str(finding.remedy) for finding in diagnosis.findings if finding.check == "rights"]
     assert {remedy.split(" ON ")[1].split(" TO ")[0] for remedy in remedies} == {
-        *tables,
+        *(f"TABLE {table}" for table in tables),
         "SEQUENCE transactions_transaction_log_id_seq",
     }
     for remedy in remedies:
@@ -195,6 +195,34 @@ async def test_every_table_that_the_role_may_not_use_is_told_with_the_grant_it_n
     await books.rows(f"REVOKE INSERT ON payments FROM {clerk}")
     lacking = of(await diagnose(as_role(settings, database_url, clerk)), "rights")
     assert lacking == [(Verdict.FAULT, f"{clerk} lacks INSERT on payments")]
+
+
+async def test_a_role_that_may_do_more_than_it_needs_is_advised_against(
+    settings: Settings, books: Books, *, database_url: str, clerk: str
+) -> None:
+    assert {verdict for verdict, _ in of(await diagnose(as_role(settings, database_url, clerk)), "powers")} == {OK}
+    for grant in ("UPDATE (status), DELETE ON transactions", "UPDATE ON SEQUENCE payments_payment_id_seq"):
+        await books.rows(f"GRANT {grant} TO {clerk}")
+    diagnosis = await diagnose(as_role(settings, database_url, clerk))
+    assert of(diagnosis, "powers") == [
+        (WARNING, f"{clerk} may UPDATE on payments_payment_id_seq, which nothing needs"),
+        (WARNING, f"{clerk} may UPDATE, DELETE on transactions, which nothing needs"),
+    ]
+    await books.rows(f"REVOKE ALL ON transactions, payments_payment_id_seq FROM {clerk}")
+    await books.rows("GRANT SELECT ON payments TO PUBLIC")
+    diagnosis = await diagnose(as_role(settings, database_url, clerk))
+    assert of(diagnosis, "powers") == [(WARNING, "everybody has privileges on payments")]
+
+
+async def test_an_owner_and_a_superuser_are_advised_not_to_serve(
+    settings: Settings, books: Books, *, database_url: str, clerk: str
+) -> None:
+    superuser = of(await diagnose(at(settings, database_url)), "powers")
+    assert [(verdict, "is a superuser" in message) for verdict, message in superuser] == [(WARNING, True)]
+    await books.rows(f"ALTER TABLE payments OWNER TO {clerk}")
+    owner = of(await diagnose(as_role(settings, database_url, clerk)), "powers")
+    assert [(verdict, "owns the tables" in message) for verdict, message in owner] == [(WARNING, True)]
+    await books.rows("ALTER TABLE payments OWNER TO CURRENT_USER")
 
 
 async def test_a_database_that_takes_no_writes_is_a_fault(settings: Settings, books: Books) -> None:

@@ -177,6 +177,25 @@ async def test_a_migration_that_waits_for_a_table_does_not_keep_others_from_it(
     assert [migration.version for migration in await migrating] == [2]
 
 
+async def test_a_migration_that_is_the_victim_of_a_deadlock_is_run_again(
+    empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_SECONDS", 0.1)
+    texts = {
+        "0001_tables.sql": "CREATE TABLE a (x int); CREATE TABLE b (x int)",
+        "0002_columns.sql": "ALTER TABLE a ADD COLUMN y int; ALTER TABLE b ADD COLUMN y int",
+    }
+    folder = bundled_migrations(written(tmp_path / "m", texts))
+    await migrate(empty_database_url, folder[:1])
+    async with await psycopg.AsyncConnection.connect(empty_database_url) as writer:
+        await writer.execute("SET deadlock_timeout = '60s'")  # so that it is not the one that is chosen
+        await writer.execute("INSERT INTO b VALUES (1)")
+        migrating = asyncio.create_task(migrate(empty_database_url, folder))
+        await until(lambda: query(empty_database_url, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        await writer.execute("INSERT INTO a VALUES (1)")
+    assert [migration.version for migration in await migrating] == [2]
+
+
 async def test_a_file_without_a_transaction_runs_again_where_its_record_was_lost(
     empty_database_url: str, tmp_path: Path
 ) -> None:

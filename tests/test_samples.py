@@ -60,8 +60,10 @@ async def test_the_batch_samples_are_charged_and_refunded_from_the_terminal(comm
         assert result.json["outcomes"] == [{"outcome": "done", "currency": "INR", "count": 2, "sum": total}]
 
 
-async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(command_line: CommandLine, books: Books) -> None:
-    result = await command_line.run("demo")
+async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(
+    owner_command_line: CommandLine, books: Books
+) -> None:
+    result = await owner_command_line.run("demo")
     assert result.exit_code == 0, result.stderr
     assert "13 of 13 claims proved" in result.stdout
     assert "NOT SO" not in result.stdout
@@ -70,9 +72,9 @@ async def test_the_demo_proves_its_claims_and_leaves_nothing_behind(command_line
 
 
 async def test_sample_data_has_every_status_and_method_and_books_that_agree(
-    command_line: CommandLine, books: Books
+    owner_command_line: CommandLine, books: Books
 ) -> None:
-    result = await command_line.run("migrate", "--with-sample-data", "--json")
+    result = await owner_command_line.run("migrate", "--with-sample-data", "--json")
     assert result.exit_code == 0, result.stderr
     assert result.json["sample_payments"] == await books.value("SELECT count(*) FROM payments")
     assert await books.value("SELECT count(DISTINCT status) FROM payments") == 6
@@ -90,6 +92,6 @@ async def test_sample_data_has_every_status_and_method_and_books_that_agree(
             FROM transactions t WHERE t.payment_id = p.payment_id AND transaction_type = 'REFUND')
     """
     assert await books.value(refunded) == 0
-    again = await command_line.run("migrate", "--with-sample-data")
+    again = await owner_command_line.run("migrate", "--with-sample-data")
     assert again.exit_code == 3
     assert "empty database" in again.stderr
