@@ -425,5 +425,6 @@ def test_the_databases_servers_reach_each_other_and_are_reached_by_their_operato
         ((OURS, POOLER), 5432),
     ):
         assert may_connect(HA, source, (OURS, CLUSTER), port), (source, port)
-    assert not may_connect(HA, (OURS, SERVER), (OURS, CLUSTER), 5432)
+    for stranger, target in ((SERVER, CLUSTER), (CHECKOUT, POOLER), (MIGRATION, POOLER)):
+        assert not may_connect(HA, (OURS, stranger), (OURS, target), 5432), (stranger, target)
     assert may_connect(HA, (OURS, CLUSTER), INTERNET, 443)
