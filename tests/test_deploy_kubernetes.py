@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from typing import Any
@@ -186,6 +187,14 @@ def test_each_release_has_a_migration_of_its_own(kustomization: str) -> None:
     images = [each["image"] for each in ours if each["image"].startswith(OUR_IMAGE)]
     assert images == [f"{OUR_IMAGE}:{VERSION}"] * 2
     assert pod_templates(kustomization)["payment-migrate"]["spec"]["containers"][0]["args"] == ["migrate"]
+
+
+@pytest.mark.parametrize(
+    "file", ["Dockerfile", "README.md", "docker-compose.yml", "deploy/overlays/minikube/kustomization.yaml"]
+)
+def test_who_builds_the_image_is_told_the_name_that_the_manifests_have(file: str) -> None:
+    named = re.findall(rf"\b{OUR_IMAGE}:(\d[\w.]*\w)", (ROOT / file).read_text(encoding="utf-8"))
+    assert set(named) == {VERSION}
 
 
 @every_kustomization
