@@ -38,9 +38,12 @@ BENCH ?= __main__
 bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, reconcile, startup or memory; ARGS="--rounds=1" for less
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
-constraints:  ## Resolve constraints.txt anew (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes \
-		--no-annotate --no-header --no-emit-index-url --output-file constraints.txt pyproject.toml
+RESOLVE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-header --no-emit-index-url
+
+constraints:  ## Resolve constraints.txt anew, and of it what the container image needs (needs uv)
+	$(RESOLVE) --all-extras --output-file constraints.txt pyproject.toml
+	echo setuptools | $(RESOLVE) --extra stripe --constraints constraints.txt --output-file requirements.txt pyproject.toml -
 
 clean:
 	rm -rf $(VENV) build *.egg-info

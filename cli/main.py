@@ -6,6 +6,7 @@ Heavy modules load inside what needs them, so that `--help` stays quick.
 import gc
 import io
 import os
+import signal
 import sys
 from typing import NoReturn, TextIO
 
@@ -17,6 +18,9 @@ its end: to walk through them again and again takes Python's own 700 a tenth of 
 def main() -> NoReturn:
     """Runs the command line. What nobody foresaw has exit codes of its own: 1 would mean "declined"."""
     gc.set_threshold(GARBAGE_THRESHOLD)
+    if os.getpid() == 1:
+        # As the first process of a container, it gets only those signals that it handles; others just kill it.
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     fault = _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
