@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from eci_pay import privileges
+from eci_pay.access import ApiKey
 from eci_pay.database import Connection, connect, connection_info, fetch
 from eci_pay.errors import PayError, SettingsInvalid
 from eci_pay.gateways.configured import configured_gateway
@@ -32,6 +33,8 @@ EXPIRED_KEYS_MAX = 1000
 """How many keys may have outlived two intervals of their deletion."""
 PENDING_SECONDS_MAX = 3600.0
 """How old a message may be before it should have been delivered."""
+
+KEY_ENDS_SOON = timedelta(days=7)
 
 _REACH = "see that PostgreSQL runs and that DATABASE_URL names its host, port, database, user and password"
 
@@ -145,13 +148,15 @@ class _DatabaseChecks:
     async def _backlog(self, service: PaymentService) -> list[Finding]:
         interval = timedelta(seconds=self._settings.eci_pay_expire_keys_interval_seconds)
         overdue_keys = {"before": self._clock() - 2 * interval, "count_max": EXPIRED_KEYS_MAX + 1}
-        [keys], stats, outcomes, told = await asyncio.gather(
+        [keys], stats, outcomes, told, api_keys = await asyncio.gather(
             service.database.read("doctor_keys", overdue_keys),
             service.outbox.stats(),
             service.recovery.summary(),
             service.outbox.lately_told(),
+            service.api_keys.list(),
         )
         return [
+            *_access(self._settings.eci_pay_auth, api_keys, self._clock()),
             _keys(keys["expired"]),
             *_messages(sum(each.dead for each in stats), max(each.oldest_pending_seconds or 0 for each in stats)),
             _outcomes(outcomes),
@@ -240,6 +245,27 @@ def _prepared(has_pooler: bool, prepares: bool) -> Finding:
         "one stands between, and statements are prepared, which not every pooler can carry",
         "use PgBouncer 1.21 or newer with max_prepared_statements, or set ECI_PAY_PREPARE_STATEMENTS=false",
     )
+
+
+def _access(auth: str | None, keys: tuple[ApiKey, ...], now: datetime) -> Iterator[Finding]:
+    if auth == "off":
+        message = "nobody needs an API key (ECI_PAY_AUTH=off): whoever reaches a server may charge and refund"
+        yield _warning("access", message, "set ECI_PAY_AUTH=on, and make keys with `eci-pay api-key create`")
+        return
+    if auth is None:
+        yield _ok("access", "nobody needs an API key, and only loopback is served (ECI_PAY_AUTH is not set)")
+        return
+    active = [key for key in keys if key.state(now) == "active"]
+    if not active:
+        yield _fault("access", "requests need an API key, and there is none", "make one: `eci-pay api-key create`")
+        return
+    ending = {key.name for key in active if key.expires_at and key.expires_at - now < KEY_ENDS_SOON}
+    lasting = {key.name for key in active if not key.expires_at or key.expires_at - now >= KEY_ENDS_SOON}
+    for name in sorted(ending - lasting):
+        message = f"the last API key of {name} expires within {KEY_ENDS_SOON.days} days"
+        yield _warning("access", message, f"make another: `eci-pay api-key create {name}`, and hand it over")
+    if ending <= lasting:
+        yield _ok("access", f"{len(active):,} API keys may be used")
 
 
 def _keys(expired: int) -> Finding:

@@ -14,6 +14,7 @@ from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 
 from eci_pay import doctor
+from eci_pay.access import Scope
 from eci_pay.doctor import Diagnosis, Verdict, diagnose
 from eci_pay.messages import Destination
 from eci_pay.service import PaymentService
@@ -85,7 +86,7 @@ async def test_what_is_well_is_told_check_by_check(command_line: CommandLine, pe
         *((name, "ok") for name in ("settings", "database", "schema", "clocks", "rights", "powers", "pooler")),
         *(
             (name, "ok")
-            for name in ("keys", "messages", "outcomes", "peer order", "peer inventory", "peer notification")
+            for name in ("access", "keys", "messages", "outcomes", "peer order", "peer inventory", "peer notification")
         ),
         ("gateway", "warning"),
     }
@@ -305,3 +306,21 @@ async def test_stripe_is_reached_without_its_key_and_without_money(settings: Set
     assert (taken.method, "authorization" in taken.headers) == ("GET", False)
     await peers.shut(Destination.ORDER)
     assert of(await diagnose(settings.model_copy(update=stripe)), "gateway")[0][0] is Verdict.FAULT
+
+
+async def test_who_may_call_is_told_and_what_of_it_ends(
+    settings: Settings, service: PaymentService, clock: ManualClock
+) -> None:
+    async def told(auth: str | None) -> list[tuple[Verdict, str]]:
+        return of(await diagnose(settings.model_copy(update={"eci_pay_auth": auth}), clock), "access")
+
+    [(verdict, message)] = await told("off")
+    assert (verdict, "may charge" in message) == (WARNING, True)
+    assert [verdict for verdict, _ in await told("on")] == [Verdict.FAULT]
+    soon = clock() + timedelta(days=1)
+    for name in ("shop", "desk"):
+        await service.api_keys.create(name=name, scopes=[Scope.READ], expires_at=soon)
+    await service.api_keys.create(name="desk", scopes=[Scope.READ])
+    [(verdict, message)] = await told("on")
+    assert (verdict, "of shop" in message) == (WARNING, True)
+    assert [verdict for verdict, _ in await told(None)] == [OK]
