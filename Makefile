@@ -32,7 +32,7 @@ faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds
 	$(BIN)/python -m tests.faults $(ARGS)
 
 BENCH ?= __main__
-bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, reconcile, startup or memory; ARGS="--rounds=1" for less
+bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, footprint, reconcile, startup or memory; ARGS="--rounds=1" for less
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 constraints:  ## Resolve constraints.txt anew (needs uv)
