@@ -34,7 +34,7 @@ AFTER_CHECKPOINT = 256
 AT_A_TIME = 128
 USERS = 10_000_000
 SERVER = {"max_wal_size": "32GB", "checkpoint_timeout": "1h", "autovacuum_naptime": "1s"}
-"""Checkpoints only where a step begins; and autovacuum as soon as the thresholds of the tables say: a minute of this load
+"""Checkpoints only where a step begins. Autovacuum as soon as the thresholds of the tables say: a minute of this load
 is a greater part of these tables than it is of large ones."""
 SESSIONS_END_TRIES_MAX = 200
 
