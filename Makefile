@@ -35,7 +35,7 @@ failover: $(VENV)/.installed  ## Failovers under load; ARGS="--times=10 --pooler
 	$(BIN)/python -m tests.faults.failover $(ARGS)
 
 BENCH ?= __main__
-bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, reconcile, startup or memory; ARGS="--rounds=1" for less
+bench: $(VENV)/.installed  ## Measurements (wants wrk); BENCH=relay, scale, footprint, reconcile, startup or memory; ARGS="--rounds=1" for less
 	$(BIN)/python -m benchmarks.$(BENCH) $(ARGS)
 
 RESOLVE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
