@@ -603,7 +603,7 @@ async def refuse_two_messages(books: Books, code: str) -> None:
     """Lets the outbox refuse the next two messages. A sequence counts, because it is not rolled back with them."""
     await books.rows("CREATE SEQUENCE tries")
     await books.rows(
-        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN"
         f" IF nextval('tries') < 3 THEN RAISE EXCEPTION 'not yet' USING ERRCODE = '{code}'; END IF;"
         " RETURN NEW; END $$"
     )
