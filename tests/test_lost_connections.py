@@ -7,6 +7,7 @@ import pytest
 
 from eci_pay.answers import Answer
 from eci_pay.errors import OrderInProgress
+from eci_pay.lifecycle import PaymentStatus
 from eci_pay.service import PaymentService
 from eci_pay.views import PaymentView
 from tests.door import Door
@@ -178,6 +179,15 @@ async def test_a_refund_whose_commit_was_not_heard_tells_what_was_recorded(
     if key:
         stored = await books.value("SELECT response_body FROM idempotency_keys WHERE idempotency_key = %s", key)
         assert answer.body == stored
+
+
+async def test_what_a_pooler_says_of_its_dead_server_at_the_start_of_a_transaction_is_a_lost_connection(
+    far: PaymentService, door: Door
+) -> None:
+    created = await far.charges.create(request=create_request(1))
+    await door.crash()
+    cancelled = await far.status_changes.cancel(payment_id=created.payment_id)
+    assert cancelled.status is PaymentStatus.CANCELLED
 
 
 async def test_what_cannot_be_booked_because_the_database_stays_away_is_unknown_and_no_error(
