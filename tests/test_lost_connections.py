@@ -191,7 +191,7 @@ async def test_what_a_pooler_says_of_its_dead_server_at_the_start_of_a_transacti
 
 
 async def test_what_cannot_be_booked_because_the_database_stays_away_is_unknown_and_no_error(
-    door: Door, opened: Opener, service: PaymentService, books: Books
+    door: Door, opened: Opener, service: PaymentService, books: Books, caplog: pytest.LogCaptureFixture
 ) -> None:
     [payment_id] = await paid(service, 2)
     for charges in (True, False):
@@ -202,6 +202,8 @@ async def test_what_cannot_be_booked_because_the_database_stays_away_is_unknown_
             else:
                 answer = await far.refunds.refund(payment_id=payment_id, request=refund_request(), idempotency_key="r")
         assert answer.is_unknown
+    assert "could not be booked" in caplog.text
+    assert [record for record in caplog.records if record.exc_info] == []  # which would be an unexpected error
     assert await books.value("SELECT status FROM payments WHERE order_id = 1") == "PROCESSING"
     assert await books.value("SELECT refund_pending FROM payments WHERE order_id = 2") == 100
     with pytest.raises(OrderInProgress):
