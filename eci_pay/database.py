@@ -266,6 +266,11 @@ def _translated(connection: Connection, limit_seconds: float) -> Iterator[None]:
         if connection.broken or connection.closed:
             raise ConnectionLost(f"the connection to the database was lost: {first_line(error)}") from error
         raise Unavailable(f"the database refuses: {first_line(error)}") from error
+    except psycopg.InternalError as error:
+        # A pooler tells of its server's death beside the server's own last words: at a BEGIN or COMMIT two results.
+        if connection.broken or connection.closed:
+            raise ConnectionLost(f"the connection to the database was lost: {first_line(error)}") from error
+        raise
 
 
 async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:

@@ -9,6 +9,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 READY_FOR_QUERY = b"Z\x00\x00\x00\x05I"
 
 
+def _fatal(code: str, message: str) -> bytes:
+    """An error of the server's protocol after which it hangs up."""
+    fields = f"SFATAL\0VFATAL\0C{code}\0M{message}\0\0".encode()
+    return b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+
+
+CRASHED = _fatal("57P02", "terminating connection because of crash") + _fatal("08P01", "server conn crashed?")
+"""What a pooler tells a client whose server has died: the server's last words, and its own."""
+
+
 class Door:
     """A proxy in front of PostgreSQL that can lose answers, cut connections, and stay shut."""
 
@@ -48,6 +58,14 @@ class Door:
         """Cuts every connection off; what PostgreSQL was sent, it still does."""
         for client in self._clients:
             client.transport.abort()
+        self._clients.clear()
+
+    async def crash(self) -> None:
+        """Tells every client that its server has died, and hangs up."""
+        for client in self._clients:
+            client.write(CRASHED)
+            client.close()
+            await client.wait_closed()
         self._clients.clear()
 
     async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:

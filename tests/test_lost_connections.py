@@ -7,6 +7,7 @@ import pytest
 
 from eci_pay.answers import Answer
 from eci_pay.errors import OrderInProgress
+from eci_pay.lifecycle import PaymentStatus
 from eci_pay.service import PaymentService
 from eci_pay.views import PaymentView
 from tests.door import Door
@@ -180,8 +181,17 @@ async def test_a_refund_whose_commit_was_not_heard_tells_what_was_recorded(
         assert answer.body == stored
 
 
+async def test_what_a_pooler_says_of_its_dead_server_at_the_start_of_a_transaction_is_a_lost_connection(
+    far: PaymentService, door: Door
+) -> None:
+    created = await far.charges.create(request=create_request(1))
+    await door.crash()
+    cancelled = await far.status_changes.cancel(payment_id=created.payment_id)
+    assert cancelled.status is PaymentStatus.CANCELLED
+
+
 async def test_what_cannot_be_booked_because_the_database_stays_away_is_unknown_and_no_error(
-    door: Door, opened: Opener, service: PaymentService, books: Books
+    door: Door, opened: Opener, service: PaymentService, books: Books, caplog: pytest.LogCaptureFixture
 ) -> None:
     [payment_id] = await paid(service, 2)
     for charges in (True, False):
@@ -192,6 +202,8 @@ async def test_what_cannot_be_booked_because_the_database_stays_away_is_unknown_
             else:
                 answer = await far.refunds.refund(payment_id=payment_id, request=refund_request(), idempotency_key="r")
         assert answer.is_unknown
+    assert "could not be booked" in caplog.text
+    assert [record for record in caplog.records if record.exc_info] == []  # which would be an unexpected error
     assert await books.value("SELECT status FROM payments WHERE order_id = 1") == "PROCESSING"
     assert await books.value("SELECT refund_pending FROM payments WHERE order_id = 2") == 100
     with pytest.raises(OrderInProgress):

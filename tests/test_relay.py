@@ -1213,6 +1213,7 @@ async def test_a_purge_that_fails_stops_neither_itself_nor_the_expiry_of_keys(
     often = {"eci_pay_outbox_purge_interval_seconds": 0.05, "eci_pay_expire_keys_interval_seconds": 0.05}
     async with background_tasks(settings.model_copy(update=often), telling, relays=False):
         await until_told(caplog, "delivered messages stay for now", times=2)
+        assert [record for record in caplog.records if record.exc_info] == []  # which would be an unexpected error
         clock.advance(hours=25)
 
         async def no_key_is_left() -> bool:
