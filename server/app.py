@@ -1,5 +1,6 @@
 """The ASGI application, made from the settings."""
 
+import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -15,6 +16,8 @@ from eci_pay.instruments import start_measuring
 from eci_pay.logs import configure_logs
 from eci_pay.service import PaymentService, open_database, payment_service
 from eci_pay.settings import Settings, load_settings
+from server.connections import Connections
+from server.cors import allow_origins
 from server.middleware import BodyLimit, Requests
 from server.routes import ROUTES
 
@@ -61,11 +64,23 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> ASGIApp:
         async with (
             open_service() as service,
             background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve, recovers=True),
+            _watched(Connections(settings)) as connections,
         ):
-            yield {"service": service, "service_name": settings.service_name}
+            yield {"service": service, "service_name": settings.service_name, "connections": connections}
 
     router = Router(ROUTES, redirect_slashes=False, default=_nothing_here, lifespan=lifespan)
-    return Requests(BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes))
+    limited = BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes)
+    requests = Requests(limited, requests_max=settings.eci_pay_requests_max)
+    return allow_origins(requests, settings.eci_pay_cors_origins) if settings.eci_pay_cors_origins else requests
+
+
+@asynccontextmanager
+async def _watched(connections: Connections) -> AsyncIterator[Connections]:
+    watching = asyncio.create_task(connections.watch())
+    try:
+        yield connections
+    finally:
+        watching.cancel()
 
 
 async def _nothing_here(_scope: Scope, _receive: Receive, _send: Send) -> None:

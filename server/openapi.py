@@ -23,7 +23,7 @@ _INTRODUCTION = (
     "is none. Every error is a problem document (RFC 9457) with a `code` that stays the same. A method that a path "
     "does not have is answered with 405 `method-not-allowed` and `Allow`."
 )
-_CODES_OF_ALL = ("internal-error",)
+CODES_OF_ALL = ("bad-request", "request-timeout", "headers-too-large", "internal-error", "unavailable")
 
 _Mode = Literal["validation", "serialization"]
 
@@ -79,13 +79,18 @@ def _operation(described: Described, operation: Operation) -> dict[str, Any]:
         "parameters": [*parameters, *(_filters() if described.is_filtered else ())],
         "responses": {
             **{str(status): _answer(answered) for status, answered in described.answers.items()},
-            **_problems((*operation.codes, *_CODES_OF_ALL)),
+            **_problems(_codes(operation)),
         },
     }
     if described.body is not None:
         content = {"schema": _schema(described.body), "examples": described.examples}
         document["requestBody"] = {"required": True, "content": {JSON: content}}
     return document
+
+
+def _codes(operation: Operation) -> Iterable[str]:
+    """Each once."""
+    return dict.fromkeys((*operation.codes, *CODES_OF_ALL))
 
 
 def _answer(answered: Answered) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def _problem(codes: list[str]) -> dict[str, Any]:
 
 
 def _headers(*names: str) -> dict[str, Any]:
-    return {name: _ref("headers", name) for name in ("X-Request-ID", *names)}
+    return {name: _ref("headers", name) for name in dict.fromkeys(("X-Request-ID", "Cache-Control", *names))}
 
 
 def _schema(model: type[BaseModel] | dict[str, Any]) -> dict[str, Any]:
@@ -161,8 +166,8 @@ def _schemas_of(models: list[tuple[type[BaseModel], _Mode]]) -> dict[str, Any]:
 
 
 def _problem_schemas() -> dict[str, Any]:
-    codes = {code for operations in TABLE.values() for operation in operations.values() for code in operation.codes}
-    return {_problem_name(code): PROBLEMS[code].schema(code) for code in sorted(codes | {*_CODES_OF_ALL})}
+    codes = {code for operations in TABLE.values() for operation in operations.values() for code in _codes(operation)}
+    return {_problem_name(code): PROBLEMS[code].schema(code) for code in sorted(codes)}
 
 
 def _problem_name(code: str) -> str:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
@@ -29,14 +30,23 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
             host=host,
             port=port,
             workers=workers,
-            lifespan="on",
-            ws="none",
-            proxy_headers=False,  # nobody asks who the client is
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=settings.eci_pay_shutdown_timeout_seconds,
+            **server_options(settings),
         )
+
+
+def server_options(settings: Settings) -> dict[str, Any]:
+    """Those of uvicorn that make it our server."""
+    return {
+        "lifespan": "on",
+        "http": "server.connections:Connection",
+        "ws": "none",
+        "proxy_headers": False,  # nobody asks who the client is
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": settings.eci_pay_keep_alive_seconds,
+        "timeout_graceful_shutdown": settings.eci_pay_shutdown_timeout_seconds,
+    }
 
 
 @contextmanager

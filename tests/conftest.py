@@ -4,17 +4,15 @@ import asyncio
 import hashlib
 import itertools
 import os
-import socket
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import fasteners
 import httpx
 import psycopg
 import pytest
-import uvicorn
 from psycopg.rows import dict_row
 
 from eci_pay.database import create_database, drop_database
@@ -23,9 +21,8 @@ from eci_pay.migrations import bundled_migrations, migrate
 from eci_pay.relay import Relay, connected_relay
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
-from server.app import build_app
-from tests import contract
 from tests.door import Door
+from tests.http_server import client_of, opening
 from tests.ledger import Ledger
 from tests.peers import Peers
 from tests.support import (
@@ -198,26 +195,8 @@ async def far(door: Door, opened: Opener) -> AsyncIterator[PaymentService]:
 async def api(settings: Settings, service: PaymentService) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a real server on loopback, over the test's `service`. Each answer is held against the document."""
 
-    @asynccontextmanager
-    async def open_service() -> AsyncIterator[PaymentService]:
-        yield service
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    # asyncio sets it on sockets that it makes itself; without it, every answer waits for a delayed ACK.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = uvicorn.Config(build_app(settings, open_service), lifespan="on", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    limits = httpx.Limits(max_connections=250)
-    hooks = {"response": [contract.check]}
-    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60, event_hooks=hooks) as client:
+    async with client_of(settings, opening(service)) as client:
         yield client
-    server.should_exit = True
-    await running
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from eci_pay.gateways import GatewayCharge, GatewayRefund, GatewayUnavailable, Outcome
 from eci_pay.service import PaymentService, payment_service
 from eci_pay.settings import Settings
-from server.app import build_app
+from tests.http_server import client_of
 from tests.support import Books, RecordingGateway, charge_fields
 
 CHARGE = "/v1/payments/charge"
@@ -515,19 +514,8 @@ async def api_over(database_url: str, gateway: RecordingGateway) -> AsyncIterato
         async with payment_service(settings, database_url, gateway=gateway) as service:
             yield service
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = uvicorn.Config(build_app(settings, open_service), lifespan="on", log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    async with asyncio.timeout(10):
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx.AsyncClient(base_url=address, timeout=30) as client:
+    async with client_of(settings, open_service) as client:
         yield client
-    server.should_exit = True
-    await running
 
 
 async def test_without_a_database_everything_but_health_is_503_and_nothing_is_sent(gateway: SwitchedGateway) -> None:
