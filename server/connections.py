@@ -176,13 +176,13 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head of a request is whole. Raises HTTPException."""
-        self._in_head = False
         if max(self._bytes, self._bytes_at_hand) > self._connections.head_max_bytes:
             self._check_size()
         self._bytes = 0
         self._awaited_since = None
         self._check_head()
         super().on_headers_complete()
+        self._in_head = False
         if self._surplus:
             self._note(SURPLUS, True)
             self.cycle.keep_alive = False
@@ -208,9 +208,12 @@ class Connection(HttpToolsProtocol):
             raise _bad(f"More than {PIPELINE_MAX} requests were sent ahead of their answers")
         version = self.parser.get_http_version()
         hosts = 0
+        upgrades = self.parser.should_upgrade()
         for name, value in self.headers:
             if name == b"host":
                 hosts += 1
+            elif upgrades and name in (b"content-length", b"transfer-encoding") and value != b"0":
+                raise _bad("A request with a body cannot ask for another protocol")  # whose the body might be
             elif name == b"transfer-encoding" and (version != "1.1" or value.lower() != b"chunked"):
                 raise _bad("The only Transfer-Encoding that is understood is `chunked`, in HTTP/1.1")
         if version == "1.1" and hosts != 1:
