@@ -23,7 +23,7 @@ from uvicorn.server import ServerState
 from eci_pay.context import bind_origin
 from eci_pay.instruments import request_answered
 from eci_pay.settings import Settings
-from server.middleware import FAULT, GUARDS, OTHER, SURPLUS
+from server.middleware import FAULT, NO_SNIFFING, NO_STORING, OTHER, SURPLUS
 from server.problems import http_problem
 
 HEADERS_MAX = 100
@@ -310,7 +310,8 @@ class Connection(HttpToolsProtocol):
         headers = [
             *self.server_state.default_headers,
             *answer.raw_headers,
-            *GUARDS,
+            NO_SNIFFING,
+            NO_STORING,
             (b"x-request-id", request_id.encode()),
         ]
         lines = [name + b": " + value + b"\r\n" for name, value in headers]

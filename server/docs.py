@@ -32,7 +32,7 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
     "X-Permitted-Cross-Domain-Policies": "none",
 }
-"""As the OWASP Secure Headers Project has them, but for what every answer has (`middleware.GUARDS`) and for
+"""As the OWASP Secure Headers Project has them, but for what every answer has (`middleware.NO_SNIFFING`) and for
 Strict-Transport-Security, which belongs to whatever speaks TLS."""
 _FOR_GOOD = "public, max-age=31536000, immutable"
 

@@ -27,8 +27,12 @@ SURPLUS = "eci_pay.surplus"
 """In the scope of a request whose connection is beyond the limit."""
 ALWAYS_ANSWERED = {"/health", "/health/live", "/health/startup", "/health/ready", "/metrics"}
 """Whatever else is in progress."""
-GUARDS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
-"""Headers of every answer that does not say otherwise: nobody on the way keeps what is told of payments."""
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+NO_STORING = (b"cache-control", b"no-store")
+"""Nobody on the way keeps what is told of payments."""
+
+PATH_LOGGED_MAX = 500
+"""Characters of a path in the log: to search a long one for secrets takes its time, in which nobody else is served."""
 
 _log = logging.getLogger("server.requests")
 
@@ -60,9 +64,13 @@ class Requests:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = message["headers"]
-                names = {name for name, _ in headers}
+                for name, _ in headers:
+                    if name == b"cache-control":
+                        break
+                else:
+                    headers.append(NO_STORING)
+                headers.append(NO_SNIFFING)
                 headers.append((b"x-request-id", encoded_id))
-                headers.extend(guard for guard in GUARDS if guard[0] not in names)
             await send(message)
 
         self._in_progress += 1
@@ -83,7 +91,7 @@ class Requests:
                 "request",
                 extra={
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": scope["path"][:PATH_LOGGED_MAX],
                     "status": status,
                     "duration_ms": round(seconds * 1000, 2),
                     **subject.told(),

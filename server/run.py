@@ -1,5 +1,6 @@
 """Runs the application under uvicorn."""
 
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,12 @@ from typing import Any
 import uvicorn
 
 from eci_pay.settings import Settings
+from server.connections import SURPLUS_MAX
+
+OTHER_FILES = 500
+"""Open files beside connections: to the gateway and the peers, of the program itself."""
+
+_log = logging.getLogger(__name__)
 
 MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 """prometheus_client's name for where the workers of one server keep their figures."""
@@ -22,6 +29,7 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
     uvicorn raises the signal again after it has shut down; the handler turns that into an ordinary end, at which
     the embedded database is let go.
     """
+    allow_open_files(settings)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     with _common_figures(workers):
         uvicorn.run(
@@ -32,6 +40,23 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
             workers=workers,
             **server_options(settings),
         )
+
+
+def allow_open_files(settings: Settings) -> None:
+    """Raises this process's limit of open files, which its workers inherit, to what its connections need: on many
+    systems it is 1,024, unless one asks for more."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    wanted = settings.eci_pay_connections_max + SURPLUS_MAX + settings.eci_pay_database_pool_size + OTHER_FILES
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now == resource.RLIM_INFINITY or now >= wanted:
+        return
+    allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    if allowed < wanted:
+        _log.warning("this system allows %d open files, ECI_PAY_CONNECTIONS_MAX wants %d", allowed, wanted)
 
 
 def server_options(settings: Settings) -> dict[str, Any]:

@@ -386,16 +386,20 @@ async def test_a_stopping_server_waits_for_slow_clients_no_longer_than_they_may_
     database_url: str, tmp_path: Path, books: Books
 ) -> None:
     environment = {"DATABASE_URL": database_url, "ECI_PAY_READ_TIMEOUT_SECONDS": "1"}
-    async with serving(CommandLine(environment, tmp_path)) as server, server.client() as api:
-        async with connected(api) as silent, connected(api) as in_head, connected(api) as idle:
-            async with connected(api) as in_body:
-                await in_head.send(HEALTH[:-1])
-                await idle.send(HEALTH)
-                assert (await idle.answer()).status == 200
-                await in_body.send(charging(BODY)[:-1])
-                async with asyncio.timeout(10):
-                    assert await server.end(signal.SIGTERM) == 0
-                assert is_problem(await in_body.answer(), 408, "request-timeout")
-                assert await silent.is_closed()
-                assert await idle.is_closed()
+    async with (
+        serving(CommandLine(environment, tmp_path)) as server,
+        server.client() as api,
+        connected(api) as silent,
+        connected(api) as idle,
+        connected(api) as in_head,
+        connected(api) as in_body,
+    ):
+        await idle.send(HEALTH)
+        assert (await idle.answer()).status == 200
+        await in_head.send(HEALTH[:-1])
+        await in_body.send(charging(BODY)[:-1])
+        assert await server.end(signal.SIGTERM) == 0
+        assert is_problem(await in_body.answer(), 408, "request-timeout")
+        assert await silent.is_closed()
+        assert await idle.is_closed()
     assert await books.value("SELECT count(*) FROM payments") == 0
