@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo serve test check faults failover bench constraints clean
+.PHONY: demo serve test check audit faults failover bench constraints clean
 
 # Everything below installs what it needs first, from hashed versions.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,11 +22,21 @@ serve: $(VENV)/.installed  ## The HTTP API on 127.0.0.1:8086
 test: $(VENV)/.installed  ## All tests; ARGS="--database-url=..." for a server of your own
 	$(BIN)/pytest $(ARGS)
 
-check: $(VENV)/.installed  ## Lint, format, types, import rules
+# Whatever looks like a secret; in tests, which make some up, only what is told by its form alone.
+DETECT = xargs -0 $(BIN)/detect-secrets-hook --no-verify --plugin .ci/key_detector.py
+BY_FORM = $(foreach guess,Keyword BasicAuth,--disable-plugin $(guess)Detector) \
+	$(foreach guess,Base64 Hex,--disable-plugin $(guess)HighEntropyString)
+
+check: $(VENV)/.installed  ## Lint, format, types, import rules, secrets in the source
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	git ls-files -z -- . ':!tests' ':!constraints.txt' | $(DETECT)
+	git ls-files -z -- tests | $(DETECT) $(BY_FORM)
+
+audit:  ## Known vulnerabilities of the versions in constraints.txt (needs pip-audit and PyPI's data about them)
+	pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 faults: $(VENV)/.installed  ## Storms (tests/faults); ARGS="--seeds=20 --seconds=30"
 	$(BIN)/python -m tests.faults $(ARGS)

@@ -92,7 +92,8 @@ class JsonLines(logging.Formatter):
         line: object = event
         for processor in self._processors:
             line = event = processor(None, record.levelname, event)  # type: ignore[assignment]
-        return str(line) if plain else masked_line(str(line), subject.ids.values() if subject else ())
+        text = str(line) if plain else masked_line(str(line), subject.ids.values() if subject else ())
+        return text.replace("\x7f", r"\u007f")  # the one control character that JSON does not escape
 
     @cached_property
     def _processors(self) -> "tuple[Processor, ...]":

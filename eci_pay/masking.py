@@ -54,7 +54,7 @@ _HEX_ID = re.compile("[0-9a-f]{32}")
 
 _QUOTED = r"""\\*"(?:[^"\\]|\\[^"]|\\"(?!\s*[,:}\])]))*(?:\\*"|$)|'(?:[^'\\]|\\.)*(?:'|$)"""
 _NAMED = re.compile(
-    rf"""(?P<name>\b(?!authorization_code)[\w.-]{{0,40}}?(?:{_NAMES_OF_SECRETS})[\w-]*|\b(?:pan|pin|tel)\b)"""
+    rf"""(?P<name>\b(?!authorization_code)[\w.-]{{0,40}}?(?:{_NAMES_OF_SECRETS})[\w-]*+|\b(?:pan|pin|tel)\b)"""
     rf"""(?P<between>\\*+["']?\]?\s*+\)?\s*+(?:=>|[=:]|(?<=["']),)\s*+(?:b(?=["']))?)"""
     rf"""(?P<value>(?:{_QUOTED})[^\s,;}})\]"']*|(?:(?:bearer|basic)\s+)?\S+(?:(?<=[=:])\s+\S+)*)""",
     re.IGNORECASE,

@@ -35,6 +35,8 @@ TRANSACTION_ID_LENGTH_MAX = 50
 NUMBER_LENGTH_MAX = 4300
 """The most digits of a whole number in JSON; none that we take has more than 19."""
 PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX = 10, 100
+FIELD_ERRORS_MAX = 20
+"""Of how many fields the faults are told: an answer should not be a multiple of its request."""
 LIST_DEPTH_MAX = 100_000
 """The furthest row that `page` reaches; a cursor walks further at constant cost."""
 
@@ -322,6 +324,8 @@ def _field_errors(error: ValidationError) -> tuple[FieldError, ...]:
         whole_request = fault["type"] in ("amount", "page")
         field = fault["type"] if whole_request else str(fault["loc"][0]) if fault["loc"] else ""
         found.setdefault(_storable_name(field), _message(fault["type"], fault["msg"]))
+        if len(found) == FIELD_ERRORS_MAX:
+            break
     return tuple(FieldError(field=field, message=message) for field, message in found.items())
 
 

@@ -1,6 +1,7 @@
 """Settings: the environment, validated once into one frozen object."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from eci_pay.errors import SettingsInvalid
 from eci_pay.logs import LogFormat
@@ -43,6 +44,17 @@ def _service_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _origins(text: object) -> object:
+    """Origins as browsers send them: `*` would let every page in the world call."""
+    if not isinstance(text, str):
+        return text
+    origins = tuple(part.strip() for part in text.split(","))
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError("must be origins such as https://shop.example, in lower case, separated by commas")
+    return origins
+
+
 def _content_of_file(path: object) -> SecretStr:
     """A secret that is kept in a file, as orchestrators mount them."""
     try:
@@ -62,6 +74,8 @@ def _printable(secret: SecretStr) -> SecretStr:
     return secret
 
 
+_ORIGIN = re.compile(r"https?://[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::(?!0)[0-9]{1,5})?")
+
 SECONDS_MAX = 86_400.0
 
 Seconds = Annotated[float, Field(gt=0, le=SECONDS_MAX)]
@@ -69,6 +83,7 @@ SecondsOrZero = Annotated[float, Field(ge=0, le=SECONDS_MAX)]
 Secret = Annotated[SecretStr, AfterValidator(_printable)]
 SecretFile = Annotated[SecretStr, BeforeValidator(_content_of_file), AfterValidator(_printable)]
 ServiceUrl = Annotated[str, AfterValidator(_service_url)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 
@@ -168,6 +183,18 @@ class Settings(BaseSettings):
 
     eci_pay_body_max_bytes: int = Field(default=65_536, ge=1024)
     """The largest request body."""
+    eci_pay_headers_max_bytes: int = Field(default=16_384, ge=1024, le=1_048_576)
+    """The largest head of a request: its first line and its headers."""
+    eci_pay_read_timeout_seconds: Seconds = 10.0
+    """How long a request's head, and then its body, may take to arrive, and how long an answer may lie unread."""
+    eci_pay_keep_alive_seconds: int = Field(default=75, ge=1, le=3600)
+    """How long a connection is kept without a request: longer than a proxy in front keeps it, or requests get lost."""
+    eci_pay_connections_max: int = Field(default=2500, ge=1, le=100_000)
+    """The most connections of clients to one process; requests on the next are refused."""
+    eci_pay_requests_max: int = Field(default=2000, ge=1, le=100_000)
+    """The most requests of one process that are in progress; the next is refused, and nothing is recorded."""
+    eci_pay_cors_origins: Origins = ()
+    """From which pages browsers may call, separated by commas; none unless it is set."""
     eci_pay_shutdown_timeout_seconds: int = Field(default=30, ge=1)
     """How long a stopping server waits for the requests that have begun."""
     eci_pay_expire_keys_interval_seconds: Seconds = 3600.0

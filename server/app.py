@@ -1,5 +1,6 @@
 """The ASGI application, made from the settings."""
 
+import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,6 +18,8 @@ from eci_pay.rate_limit import RateLimit
 from eci_pay.service import PaymentService, open_database, payment_service
 from eci_pay.settings import Settings, load_settings
 from server.access import AccessControl
+from server.connections import Connections
+from server.cors import allow_origins
 from server.middleware import BodyLimit, Requests
 from server.routes import ROUTES
 
@@ -63,15 +66,28 @@ def build_app(settings: Settings, open_service: ServiceFactory) -> ASGIApp:
         async with (
             open_service() as service,
             background_tasks(settings, service, relays=settings.eci_pay_relay_in_serve, recovers=True),
+            _watched(Connections(settings)) as connections,
         ):
             yield {
                 "service": service,
                 "service_name": settings.service_name,
                 "access_control": _access_control(settings, service),
+                "connections": connections,
             }
 
     router = Router(ROUTES, redirect_slashes=False, default=_nothing_here, lifespan=lifespan)
-    return Requests(BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes))
+    limited = BodyLimit(router, max_bytes=settings.eci_pay_body_max_bytes)
+    requests = Requests(limited, requests_max=settings.eci_pay_requests_max)
+    return allow_origins(requests, settings.eci_pay_cors_origins) if settings.eci_pay_cors_origins else requests
+
+
+@asynccontextmanager
+async def _watched(connections: Connections) -> AsyncIterator[Connections]:
+    watching = asyncio.create_task(connections.watch())
+    try:
+        yield connections
+    finally:
+        watching.cancel()
 
 
 def _access_control(settings: Settings, service: PaymentService) -> AccessControl | None:

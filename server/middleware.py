@@ -1,4 +1,4 @@
-"""What every request passes: its id, its errors, its log line, and the limit of its body.
+"""What every request passes: its id, its errors, its log line, the limits of its body and of requests in progress.
 
 Plain ASGI, for it is on the hot path.
 """
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eci_pay.access import Caller
 from eci_pay.context import begin_subject, bind_origin
+from eci_pay.errors import Unavailable
 from eci_pay.instruments import request_answered
 from server.access import CALLER
 from server.headers import header_value, header_values
@@ -19,21 +20,33 @@ from server.problems import http_problem, response_to
 STATUS_CLIENT_GONE = 499
 """In the log: the client went before it had sent its body. Nothing was begun. (nginx's number; never sent.)"""
 
-PATH_LENGTH_MAX = 2000
-"""How much of a path the log tells. What clients make up may be as long as they like."""
-
 OTHER = "other"
 """In the metrics: a path that no route has, or a method that its path does not take."""
+
+FAULT = "eci_pay.fault"
+"""Where a scope has why its body does not come: an HTTPException."""
+SURPLUS = "eci_pay.surplus"
+"""In the scope of a request whose connection is beyond the limit."""
+ALWAYS_ANSWERED = {"/health", "/health/live", "/health/startup", "/health/ready", "/metrics"}
+"""Whatever else is in progress."""
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+NO_STORING = (b"cache-control", b"no-store")
+"""Nobody on the way keeps what is told of payments."""
+
+PATH_LOGGED_MAX = 500
+"""Characters of a path in the log: to search a long one for secrets takes its time, in which nobody else is served."""
 
 _log = logging.getLogger("server.requests")
 
 
 class Requests:
     """Takes over `X-Request-ID` or makes one, returns it with every response, answers what was raised with a problem
-    document, and logs one line per request."""
+    document, and logs one line per request. Refuses what comes while too many are in progress."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, requests_max: int) -> None:
         self._app = app
+        self._max = requests_max
+        self._in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -52,10 +65,19 @@ class Requests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append((b"x-request-id", encoded_id))
+                headers = message["headers"]
+                for name, _ in headers:
+                    if name == b"cache-control":
+                        break
+                else:
+                    headers.append(NO_STORING)
+                headers.append(NO_SNIFFING)
+                headers.append((b"x-request-id", encoded_id))
             await send(message)
 
+        self._in_progress += 1
         try:
+            self._check_room(scope)
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             status = STATUS_CLIENT_GONE
@@ -64,19 +86,28 @@ class Requests:
                 raise
             await response_to(error)(scope, receive, send_with_id)
         finally:
+            self._in_progress -= 1
             seconds = time.perf_counter() - started
             _measure(scope, status, seconds)
             _log.info(
                 "request",
                 extra={
                     "method": scope["method"],
-                    "path": scope["path"][:PATH_LENGTH_MAX],
+                    "path": scope["path"][:PATH_LOGGED_MAX],
                     "status": status,
                     "duration_ms": round(seconds * 1000, 2),
                     **_caller(scope),
                     **subject.told(),
                 },
             )
+
+    def _check_room(self, scope: Scope) -> None:
+        if scope["path"] in ALWAYS_ANSWERED:
+            return
+        if self._in_progress > self._max:
+            raise Unavailable(f"{self._max} requests are in progress; nothing was recorded")
+        if SURPLUS in scope:
+            raise Unavailable("all connections are taken; nothing was recorded")
 
 
 def _caller(scope: Scope) -> dict[str, str]:
@@ -92,7 +123,7 @@ def _measure(scope: Scope, status: int, seconds: float) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies above a number of bytes with 413, whether announced or streamed.
+    """Refuses bodies above a number of bytes with 413, whether announced or streamed, and those that do not come.
 
     Starlette's own limit answers in plain text when the length is announced; ours is a problem document always.
     """
@@ -115,6 +146,8 @@ class BodyLimit:
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
+            if FAULT in scope:
+                raise scope[FAULT]
             received += len(message.get("body", b""))
             if received > self._max_bytes:
                 raise _BodyTooLarge

@@ -23,9 +23,9 @@ _INTRODUCTION = (
     "is none. Every error is a problem document (RFC 9457) with a `code` that stays the same. A method that a path "
     "does not have is answered with 405 `method-not-allowed` and `Allow`."
 )
-_CODES_OF_ALL = ("internal-error",)
-_CODES_OF_KEYS = {"unauthorized", "forbidden"}
-_CODES_OF_ACCESS = (*sorted(_CODES_OF_KEYS), "rate-limited", "unavailable")
+CODES_OF_ALL = ("bad-request", "request-timeout", "headers-too-large", "internal-error", "unavailable")
+_CODES_OF_KEYS = ("unauthorized", "forbidden")
+CODES_OF_ACCESS = (*_CODES_OF_KEYS, "rate-limited")
 _CODES_WITH_RETRY = {*problems.RETRY_AFTER_SECONDS, "rate-limited"}
 
 _Mode = Literal["validation", "serialization"]
@@ -99,7 +99,7 @@ def _operation(described: Described, operation: Operation) -> dict[str, Any]:
 
 def _codes(operation: Operation) -> Iterable[str]:
     """Each once."""
-    return dict.fromkeys((*operation.codes, *(_CODES_OF_ACCESS if operation.wants else ()), *_CODES_OF_ALL))
+    return dict.fromkeys((*operation.codes, *(CODES_OF_ACCESS if operation.wants else ()), *CODES_OF_ALL))
 
 
 def _security(operation: Operation, *, access_controlled: bool) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _problem(codes: list[str]) -> dict[str, Any]:
     with_retry = [code for code in codes if code in _CODES_WITH_RETRY]
     if with_retry:
         headers["Retry-After"] = {**HEADERS["Retry-After"], "required": with_retry == codes}
-    if set(codes) <= _CODES_OF_KEYS:
+    if set(codes) <= {*_CODES_OF_KEYS}:
         headers |= _headers("WWW-Authenticate")
     schemas = [_ref("schemas", _problem_name(code)) for code in codes]
     content = {
@@ -147,7 +147,7 @@ def _problem(codes: list[str]) -> dict[str, Any]:
 
 
 def _headers(*names: str) -> dict[str, Any]:
-    return {name: _ref("headers", name) for name in ("X-Request-ID", *names)}
+    return {name: _ref("headers", name) for name in dict.fromkeys(("X-Request-ID", "Cache-Control", *names))}
 
 
 def _schema(model: type[BaseModel] | dict[str, Any]) -> dict[str, Any]:

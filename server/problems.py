@@ -33,8 +33,10 @@ CODE_OF_STATUS = {
     400: "bad-request",
     404: "not-found",
     405: "method-not-allowed",
+    408: "request-timeout",
     413: "body-too-large",
     415: "unsupported-media-type",
+    431: "headers-too-large",
     500: "internal-error",
 }
 

@@ -8,11 +8,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
 from eci_pay.errors import SettingsInvalid
 from eci_pay.settings import Settings
+from server.connections import SURPLUS_MAX
+
+OTHER_FILES = 500
+"""Open files beside connections: to the gateway and the peers, of the program itself."""
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
     uvicorn raises the signal again after it has shut down; the handler turns that into an ordinary end, at which
     the embedded database is let go.
     """
+    allow_open_files(settings)
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     with _common_figures(workers):
         uvicorn.run(
@@ -34,13 +40,7 @@ def run_server(settings: Settings, *, host: str, port: int, workers: int) -> Non
             host=host,
             port=port,
             workers=workers,
-            lifespan="on",
-            ws="none",
-            proxy_headers=False,  # nobody asks who the client is
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=settings.eci_pay_shutdown_timeout_seconds,
+            **server_options(settings),
         )
 
 
@@ -66,6 +66,36 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+def allow_open_files(settings: Settings) -> None:
+    """Raises this process's limit of open files, which its workers inherit, to what its connections need: on many
+    systems it is 1,024, unless one asks for more."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    wanted = settings.eci_pay_connections_max + SURPLUS_MAX + settings.eci_pay_database_pool_size + OTHER_FILES
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now == resource.RLIM_INFINITY or now >= wanted:
+        return
+    allowed = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
+    if allowed < wanted:
+        _log.warning("this system allows %d open files, ECI_PAY_CONNECTIONS_MAX wants %d", allowed, wanted)
+
+
+def server_options(settings: Settings) -> dict[str, Any]:
+    """Those of uvicorn that make it our server."""
+    return {
+        "lifespan": "on",
+        "http": "server.connections:Connection",
+        "ws": "none",
+        "proxy_headers": False,  # nobody asks who the client is
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_keep_alive": settings.eci_pay_keep_alive_seconds,
+        "timeout_graceful_shutdown": settings.eci_pay_shutdown_timeout_seconds,
+    }
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import uvicorn
 from eci_pay.service import PaymentService
 from eci_pay.settings import Settings
 from server.app import ServiceFactory, build_app
+from server.run import server_options
 from tests import contract
 
 CONNECTIONS_MAX = 250
@@ -27,12 +28,15 @@ def opening(service: PaymentService) -> ServiceFactory:
 
 
 @asynccontextmanager
-async def client_of(settings: Settings, open_service: ServiceFactory) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a server over such a service. Each answer is held against the document."""
+async def client_of(
+    settings: Settings, open_service: ServiceFactory, *, checked: bool = True
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server over such a service. Each answer is held against the document, unless it is not `checked`:
+    browsers' own questions are not in it."""
     listener = socket.create_server(("127.0.0.1", 0))
     # asyncio sets it on sockets that it makes itself; without it, every answer waits for a delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    config = uvicorn.Config(build_app(settings, open_service), lifespan="on", log_config=None, access_log=False)
+    config = uvicorn.Config(build_app(settings, open_service), **server_options(settings))
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     async with asyncio.timeout(10):
@@ -40,7 +44,7 @@ async def client_of(settings: Settings, open_service: ServiceFactory) -> AsyncIt
             await asyncio.sleep(0.01)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     limits = httpx.Limits(max_connections=CONNECTIONS_MAX)
-    hooks = {"response": [contract.check]}
+    hooks = {"response": [contract.check] if checked else []}
     async with httpx.AsyncClient(base_url=address, limits=limits, timeout=60, event_hooks=hooks) as client:
         yield client
     server.should_exit = True
