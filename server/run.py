@@ -66,6 +66,8 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
 def allow_open_files(settings: Settings) -> None:
     """Raises this process's limit of open files, which its workers inherit, to what its connections need: on many
     systems it is 1,024, unless one asks for more."""
