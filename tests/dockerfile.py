@@ -79,8 +79,8 @@ def under(root: Path, text: str) -> str:
     return text.replace("/opt/", f"{root}/opt/")
 
 
-def build(root: Path) -> Image:
-    """Runs the first stage, step by step, and gives the last one what it copies. The base image is this machine."""
+def build(root: Path) -> None:
+    """Runs the first stage, step by step, and leaves what the last one copies. The base image is this machine."""
     building, final = stages()
     directory = root
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -108,7 +108,6 @@ def build(root: Path) -> Image:
     shutil.rmtree(directory)
     # A virtual environment knows its place: it is the same in both stages, and so there is nothing to copy.
     assert final.one("COPY").removeprefix("--from=build ").split() == ["/opt/eci-pay", "/opt/eci-pay"]
-    return Image(root, final)
 
 
 def _copy(source: Path, target: Path) -> None:

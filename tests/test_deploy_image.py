@@ -1,21 +1,23 @@
 """The container image: linted, its steps run here without an engine, and what they make run as in a container."""
 
 import asyncio
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import fasteners
 import httpx
 import psutil
 import pytest
 
+from tests.conftest import SHARED_DIR
 from tests.dockerfile import DOCKERFILE, ROOT, Image, build, stages
 from tests.door import Door
 from tests.support import until
@@ -30,18 +32,29 @@ ENTER = (
 )
 """What becomes of a process that an engine starts in a container of the image, read-only but for /tmp."""
 
-pytestmark = pytest.mark.xdist_group("image")
-
 
 @pytest.fixture(scope="module")
-def image() -> Iterator[Image]:
-    """The image, built where other users may look."""
-    root = Path(tempfile.mkdtemp(prefix="eci-pay-image-", dir="/var/tmp"))
-    root.chmod(0o755)
-    try:
-        yield build(root)
-    finally:
-        shutil.rmtree(root)
+def image(testrun_uid: str) -> Iterator[Image]:
+    """The image, built once for all workers, where other users may look; the last who uses it removes it."""
+    root = Path("/var/tmp") / f"eci-pay-image-{testrun_uid}"
+    used = root / f"used-by-{os.getpid()}"
+    SHARED_DIR.mkdir(parents=True, exist_ok=True)
+    lock = fasteners.InterProcessLock(SHARED_DIR / "image.lock")
+    with lock:
+        if not root.exists():
+            root.mkdir()
+            root.chmod(0o755)
+            try:
+                build(root)
+            except BaseException:
+                shutil.rmtree(root)
+                raise
+        used.touch()
+    yield Image(root, stages()[-1])
+    with lock:
+        used.unlink()
+        if not list(root.glob("used-by-*")):
+            shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")
