@@ -269,7 +269,9 @@ class Connection(HttpToolsProtocol):
         if self.flow.read_paused:
             self._awaited_since = now  # it is us who keep it waiting
         elif not self._open:
-            self.end()  # nothing has come: an answer might be taken for that to a request that is on its way
+            self._awaited_since = None
+            if not self._is_answer_owed():
+                self.end()  # nothing has come: an answer might be taken for that to a request that is on its way
         else:
             part = "head" if self._in_head else "body"
             detail = f"The {part} of the request did not arrive within {self._connections.timeout_seconds:g} seconds."

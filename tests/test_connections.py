@@ -4,11 +4,12 @@ import asyncio
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from eci_pay.service import PaymentService
@@ -214,32 +215,57 @@ async def test_a_slow_gateway_is_no_slow_client(impatient: httpx.AsyncClient, ga
         assert [(await client.answer()).status, (await client.answer()).status] == [201, 200]
 
 
-async def test_who_does_not_read_the_answers_is_cut_off(impatient: httpx.AsyncClient) -> None:
-    large = f"GET /docs/{docs.version()}/swagger-ui-bundle.js HTTP/1.1\r\n".encode() + HOST + b"\r\n"
+LARGE = "swagger-ui-bundle.js"
+
+
+@contextmanager
+def asking_for_much(api: httpx.AsyncClient, times: int = 1) -> Iterator[socket.socket]:
+    """A client with little room for the large answers that it has asked for."""
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((impatient.base_url.host, impatient.base_url.port))
-        client.sendall(large)
+        client.connect((api.base_url.host, api.base_url.port))
+        client.setblocking(False)
+        client.sendall((f"GET /docs/{docs.version()}/{LARGE} HTTP/1.1\r\n".encode() + HOST + b"\r\n") * times)
+        yield client
+
+
+async def test_who_does_not_read_the_answers_is_cut_off(impatient: httpx.AsyncClient) -> None:
+    with asking_for_much(impatient, times=10) as client:  # more than the system's own buffers take
+        port = client.getsockname()[1]
+
+        async def is_served() -> bool:
+            return any(found.raddr and found.raddr.port == port for found in psutil.Process().net_connections("tcp"))
 
         async def is_cut() -> bool:
-            try:
-                client.send(b"\r\n")
-            except ConnectionError:
-                return True
-            return False
+            return not await is_served()
 
+        await until(is_served)
         await until(is_cut)
 
 
 async def test_who_reads_slowly_but_reads_gets_everything(impatient: httpx.AsyncClient) -> None:
-    name = "swagger-ui-bundle.js"
+    with asking_for_much(impatient) as client:
+        loop = asyncio.get_running_loop()
+        began, received = loop.time(), 0
+        async with asyncio.timeout(30):
+            while received < docs.files()[LARGE].stat().st_size:
+                received += len(part := await loop.sock_recv(client, 65536))
+                assert part
+                await asyncio.sleep(0.005)
+        assert loop.time() - began > TIMEOUT_SECONDS * 2
+
+
+async def test_an_empty_line_behind_a_charge_does_not_end_it(
+    impatient: httpx.AsyncClient, gateway: SwitchedGateway
+) -> None:
+    gateway.released.clear()
     async with connected(impatient) as client:
-        await client.send(f"GET /docs/{docs.version()}/{name} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
-        await client.reader.readuntil(b"\r\n\r\n")
-        size = docs.files()[name].stat().st_size
-        for left in range(size, 0, -size // 10):
-            await client.reader.readexactly(min(left, -(-size // 10)))
-            await asyncio.sleep(TIMEOUT_SECONDS / 5)
+        await client.send(charging(BODY))
+        await until_asked(gateway)
+        await client.send(b"\r\n")
+        await asyncio.sleep(TIMEOUT_SECONDS * 2)
+        gateway.released.set()
+        assert (await client.answer()).status == 201
 
 
 async def test_requests_ahead_of_their_answers_are_answered_in_order_and_are_bounded(
