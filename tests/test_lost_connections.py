@@ -120,7 +120,7 @@ async def test_a_refund_whose_begin_was_committed_and_its_answer_lost_goes_on(
 
 @pytest.fixture
 def _first_waits_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The statement whose connection is lost still waits for its lock when it is looked for, however busy the machine."""
+    """The statement whose connection is lost still waits for its lock when it is looked for, on a busy machine too."""
     monkeypatch.setattr(batches, "MOMENT", "10s")
 
 

@@ -50,8 +50,8 @@ SERVER = {
     "ECI_PAY_RECOVERY_FIRST_LOOK_SECONDS": "3",
     "ECI_PAY_RECOVERY_GRACE_SECONDS": "7",
 }
-"""How long it waits for its database is left to the defaults; it sends what has waited for that, and looks only for what
-a failover has left."""
+"""How long it waits for its database is left to the defaults; it sends what has waited for that, and looks only for
+what a failover has left."""
 OPEN = """
 SELECT 1 FROM payments WHERE status = 'PROCESSING' OR refund_pending > 0
 UNION ALL SELECT 1 FROM recoveries WHERE state IN ('OPEN', 'LATE')
