@@ -1,7 +1,7 @@
 # The image of the payment service. Digests belong to a release, so a release names its base by one:
 #   docker build --build-arg PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:... \
-#     --build-arg VERSION=0.1.0 --build-arg REVISION="$(git rev-parse HEAD)" --build-arg CREATED="$(date -u +%FT%TZ)" \
-#     -t payment-service:0.1.0 .
+#     --build-arg VERSION=0.2.0 --build-arg REVISION="$(git rev-parse HEAD)" --build-arg CREATED="$(date -u +%FT%TZ)" \
+#     -t payment-service:0.2.0 .
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
