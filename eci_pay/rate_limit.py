@@ -9,6 +9,9 @@ from eci_pay.errors import RateLimited
 BURST_SECONDS = 2.0
 """So many seconds' worth of requests may come at once."""
 
+ROUNDING = 1e-6
+"""Of a token: whoever comes when told to must not miss it by the last bit of a float."""
+
 
 class RateLimit:
     """Buckets by the caller's name: callers are known ones, so there are not many."""
@@ -27,7 +30,7 @@ class RateLimit:
         now = self._clock()
         tokens, at = self._buckets.get(caller, (self._burst, now))
         tokens = min(self._burst, tokens + (now - at) * self._per_second)
-        if tokens < 1:
+        if tokens < 1 - ROUNDING:
             self._buckets[caller] = (tokens, now)
             seconds = math.ceil((1 - tokens) / self._per_second)
             raise RateLimited(
