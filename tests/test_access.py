@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eci_pay.access import Scope
-from eci_pay.errors import RateLimited
+from eci_pay.errors import RateLimited, Unavailable
 from eci_pay.logs import LogFormat
 from eci_pay.rate_limit import BURST_SECONDS, RateLimit
 from eci_pay.service import PaymentService
@@ -314,6 +314,32 @@ async def test_requests_that_come_at_once_look_a_key_up_once(service: PaymentSer
         assert await books.value(waiting) == 1
     callers = await asyncio.gather(*asked)
     assert {caller.name for caller in callers} == {"a"}
+
+
+async def test_who_tries_many_keys_does_not_make_others_wait(opened: Opener, books: Books) -> None:
+    async with opened(eci_pay_lock_timeout_seconds=0.2) as service:
+        unknown = [f"ecipay_{number:012}_{'A' * 43}" for number in range(100)]
+        async with books.connection.transaction():
+            await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
+            async with asyncio.timeout(5):
+                asked = [service.api_keys.caller(token) for token in unknown]
+                answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(answer, Unavailable) for answer in answers)
+        _, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
+        assert (await service.api_keys.caller(token)).name == "a"
+
+
+async def test_a_revoked_key_lets_nobody_in_while_keys_cannot_be_looked_up(
+    opened: Opener, settings: Settings, books: Books
+) -> None:
+    async with opened(eci_pay_lock_timeout_seconds=0.2) as service, client_of(settings, opening(service)) as api:
+        key, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
+        assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 200
+        await service.api_keys.revoke(key.key_id)
+        async with books.connection.transaction():
+            await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
+            assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 503
+        assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 401
 
 
 async def test_the_document_says_which_scope_each_operation_wants(api: httpx.AsyncClient) -> None:
