@@ -302,18 +302,35 @@ def test_no_stretch_of_time_has_more_requests_than_the_rate_and_a_burst(per_seco
             assert last - first + 1 <= burst + (taken[last] - taken[first]) * per_second + 1e-6
 
 
+async def locked_out(books: Books, part: str) -> int:
+    """How many statements with this part wait for a lock. Within a transaction PostgreSQL itself looks once."""
+    await books.rows("SELECT pg_stat_clear_snapshot()")
+    waiting = "wait_event_type = 'Lock' AND datname = current_database() AND strpos(query, %s) > 0"
+    number: int = await books.value(f"SELECT count(*) FROM pg_stat_activity WHERE {waiting}", part)
+    return number
+
+
 async def test_requests_that_come_at_once_look_a_key_up_once(service: PaymentService, books: Books) -> None:
     _, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
     async with books.connection.transaction():
         await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
         asked = [asyncio.create_task(service.api_keys.caller(token)) for _ in range(50)]
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-        await until(lambda: books.value(waiting))
-        assert await books.value(waiting) == 1
+        await until(lambda: locked_out(books, "FROM api_keys"))
+        assert await locked_out(books, "FROM api_keys") == 1
     callers = await asyncio.gather(*asked)
     assert {caller.name for caller in callers} == {"a"}
+
+
+async def test_who_asks_for_health_takes_one_connection_of_those_that_charges_need(
+    api: httpx.AsyncClient, books: Books
+) -> None:
+    async with books.connection.transaction():
+        await books.rows("LOCK TABLE payments IN ACCESS EXCLUSIVE MODE")
+        asked = [asyncio.create_task(api.get("/health/ready")) for _ in range(50)]
+        await until(lambda: locked_out(books, "is_read_only"))
+        assert (await api.get("/health")).status_code == 200
+        assert await locked_out(books, "is_read_only") == 1
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
 
 
 async def test_who_tries_many_keys_does_not_make_others_wait(opened: Opener, books: Books) -> None:
