@@ -13,8 +13,9 @@ import re
 import secrets
 import string
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -22,7 +23,7 @@ from typing import Generic, TypeVar
 
 from eci_pay.context import current_actor
 from eci_pay.database import Database, Row
-from eci_pay.errors import ApiKeyNotFound, Unauthorized, Unavailable, ValidationFailed
+from eci_pay.errors import ApiKeyNotFound, Unauthorized, Unavailable, ValidationFailed, apart
 
 SECRET_BYTES = 32
 KEY_ID_LENGTH = 12
@@ -30,7 +31,8 @@ NAME_LENGTH_MAX = 64
 REMEMBERED_MAX = 10_000
 """How many keys, known or not, one process remembers at a time."""
 LOOKUPS_AT_A_TIME_MAX = 2
-"""So that whoever tries keys takes little of the pool from those who have one."""
+"""Each of all keys that were asked for since the one before, so that whoever tries keys takes little of the pool from
+those who have one, and does not make them wait."""
 
 USE_NOTED_EVERY = timedelta(hours=1)
 T = TypeVar("T")
@@ -135,8 +137,10 @@ class ApiKeys:
         # Apart, so that whoever tries keys does not make those be forgotten that are used.
         self._known: _Memory[Row] = _Memory(remember_seconds)
         self._unknown: _Memory[bool] = _Memory(remember_seconds)
-        self._lookups: dict[bytes, asyncio.Task[Row | None]] = {}
-        self._at_a_time = asyncio.Semaphore(LOOKUPS_AT_A_TIME_MAX)
+        self._asked: dict[bytes, asyncio.Future[Row | None]] = {}
+        self._waiting: dict[bytes, str] = {}
+        """The ids of those that no look has begun for."""
+        self._looking: set[asyncio.Task[None]] = set()
 
     async def create(
         self, *, name: str, scopes: Collection[Scope], expires_at: datetime | None = None
@@ -178,13 +182,19 @@ class ApiKeys:
             raise ApiKeyNotFound(f"there is no API key {key_id}: `eci-pay api-key list` shows them")
         return ApiKey.of_row(rows[0])
 
-    async def caller(self, token: str) -> Caller:
-        """Whose key this is. Raises Unauthorized."""
+    async def caller(self, token: str, *, may_be_outdated: bool = False) -> Caller:
+        """Whose key this is. While the database is away, a key that was known stays so where that `may_be_outdated`,
+        though it may have been revoked. Raises Unauthorized."""
         parts = _TOKEN.fullmatch(token)
         if parts is None:
             raise Unauthorized("this is no API key of eci-pay", key_was_given=True)
         secret_hash = self._hash(parts["key_id"], parts["secret"])
-        row = await self._found(parts["key_id"], secret_hash)
+        try:
+            row = await self._found(parts["key_id"], secret_hash)
+        except Unavailable:
+            row = self._known.get_old(secret_hash) if may_be_outdated else None
+            if row is None:
+                raise
         if row is None:
             raise Unauthorized("there is no such API key", key_was_given=True)
         if row["revoked_at"] is not None:
@@ -205,36 +215,63 @@ class ApiKeys:
         found = self._known.get(secret_hash)
         if found is not None or self._unknown.get(secret_hash):
             return found
-        lookup = self._lookups.get(secret_hash)
-        if lookup is None:
-            lookup = asyncio.create_task(self._look_up(key_id, secret_hash))
-            self._lookups[secret_hash] = lookup
-            lookup.add_done_callback(lambda _: self._lookups.pop(secret_hash))
-        return await asyncio.shield(lookup)
+        asked = self._asked.get(secret_hash)
+        if asked is None:
+            asked = asyncio.get_running_loop().create_future()
+            self._asked[secret_hash] = asked
+            self._waiting[secret_hash] = key_id
+            self._look_soon()
+        return await asyncio.shield(asked)
 
-    async def _look_up(self, key_id: str, secret_hash: bytes) -> Row | None:
+    def _look_soon(self, ended: asyncio.Task[None] | None = None) -> None:
+        if ended is not None:
+            self._looking.discard(ended)
+        if self._waiting and len(self._looking) < LOOKUPS_AT_A_TIME_MAX:
+            # In a context of its own, for it looks for others too: its log lines have no request's id.
+            looking = asyncio.create_task(self._look_up_waiting(), context=Context())
+            self._looking.add(looking)
+            looking.add_done_callback(self._look_soon)
+
+    async def _look_up_waiting(self) -> None:
+        """Looks up all that wait."""
+        key_ids, self._waiting = self._waiting, {}
+        found: dict[bytes, Row] = {}
         try:
-            async with self._at_a_time:
-                rows = await self._database.read("api_key_by_id", {"key_id": key_id})
-        except Unavailable:
-            # Without the database nothing can be changed, but who watches should still see the metrics.
-            if (known := self._known.get_old(secret_hash)) is not None:
-                return known
-            raise
-        # What is compared are hashes, so how long it takes would tell nothing of a secret anyway.
-        if not rows or not hmac.compare_digest(rows[0]["secret_hash"], secret_hash):
-            self._unknown.put(secret_hash, True)
-            return None
-        row = rows[0]
-        # A later release may have scopes that this one does not know.
-        scopes = frozenset(Scope(scope) for scope in row["scopes"] if scope in _KNOWN_SCOPES)
-        found = {**row, "caller": Caller(name=row["name"], key_id=key_id, scopes=scopes)}
-        self._known.put(secret_hash, found)
-        with suppress(Unavailable):  # a request must not fail for that
-            await self._note_use(key_id, row["last_used_at"])
+            found = await self._look_up(key_ids)
+            for secret_hash in key_ids:
+                self._asked[secret_hash].set_result(found.get(secret_hash))
+        except Exception as error:
+            for secret_hash in key_ids:
+                self._asked[secret_hash].set_exception(apart(error))
+        finally:
+            for secret_hash in key_ids:
+                self._asked.pop(secret_hash).cancel()  # which changes nothing, but where the look was broken off
+        with suppress(Unavailable):
+            await self._note_use(found)
+
+    async def _look_up(self, key_ids: Mapping[bytes, str]) -> dict[bytes, Row]:
+        """Those that are ours, by the hashes of their secrets."""
+        read = await self._database.read("api_keys_by_id", {"key_ids": list(set(key_ids.values()))})
+        rows = {row["key_id"]: row for row in read}
+        found: dict[bytes, Row] = {}
+        for secret_hash, key_id in key_ids.items():
+            row = rows.get(key_id)
+            # What is compared are hashes, so how long it takes would tell nothing of a secret anyway.
+            if row is None or not hmac.compare_digest(row["secret_hash"], secret_hash):
+                self._unknown.put(secret_hash, True)
+                continue
+            # A later release may have scopes that this one does not know.
+            scopes = frozenset(Scope(scope) for scope in row["scopes"] if scope in _KNOWN_SCOPES)
+            found[secret_hash] = {**row, "caller": Caller(name=row["name"], key_id=key_id, scopes=scopes)}
+            self._known.put(secret_hash, found[secret_hash])
         return found
 
-    async def _note_use(self, key_id: str, last_used_at: datetime | None) -> None:
+    async def _note_use(self, found: Mapping[bytes, Row]) -> None:
         now = self._clock()
-        if last_used_at is None or now - last_used_at > USE_NOTED_EVERY:
-            await self._database.fetch("api_key_used", {"key_id": key_id, "at": now})
+        key_ids = [
+            row["key_id"]
+            for row in found.values()
+            if row["last_used_at"] is None or now - row["last_used_at"] > USE_NOTED_EVERY
+        ]
+        if key_ids:
+            await self._database.fetch("api_keys_used", {"key_ids": key_ids, "at": now})

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from datetime import datetime
 from decimal import Decimal
 from types import NoneType
@@ -23,7 +24,7 @@ from psycopg.types.numeric import Int8
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable
+from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable, apart
 from eci_pay.instruments import connections_now
 from eci_pay.settings import Settings
 from eci_pay.statements import statement
@@ -88,6 +89,7 @@ class Database:
         self._limit_seconds = statement_seconds + ANSWER_MARGIN_SECONDS
         self._info = connection_info(url, settings)
         self._dropped_at = -math.inf
+        self._pinging: asyncio.Task[None] | None = None
         self._pool: AsyncConnectionPool[_PooledConnection] = AsyncConnectionPool(
             self._info,
             connection_class=_PooledConnection,
@@ -121,8 +123,20 @@ class Database:
         connections_now(idle=idle, busy=size - idle, waited_for=stats.get("requests_waiting", 0))
 
     async def ping(self) -> None:
-        """Raises Unavailable where the database does not answer, lacks its tables, or takes no writes."""
+        """Raises Unavailable where the database does not answer, lacks its tables, or takes no writes. Who asks
+        meanwhile shares the answer: anybody may ask for our health, and must not get what charges need."""
+        if self._pinging is None:
+            self._pinging = asyncio.create_task(self._ping(), context=Context())
+            self._pinging.add_done_callback(self._pinged)
+        try:
+            await asyncio.shield(self._pinging)
+        except Unavailable as error:
+            raise apart(error) from None
 
+    def _pinged(self, _: asyncio.Task[None]) -> None:
+        self._pinging = None
+
+    async def _ping(self) -> None:
         async def run(connection: Connection) -> None:
             (row,) = await fetch(connection, "ping")
             if row["is_read_only"]:

@@ -12,6 +12,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eci_pay.background import background_tasks
+from eci_pay.errors import SettingsInvalid
 from eci_pay.instruments import start_measuring
 from eci_pay.logs import configure_logs
 from eci_pay.rate_limit import RateLimit
@@ -31,8 +32,11 @@ ServiceFactory = Callable[[], AbstractAsyncContextManager[PaymentService]]
 
 
 def create_app() -> ASGIApp:
-    """The application of a worker: settings and logs from the environment, the service for as long as it runs."""
+    """The application of a worker: settings and logs from the environment, the service for as long as it runs. Raises
+    SettingsInvalid where nobody has said who may call: any other server but ours may listen anywhere."""
     settings = load_settings()
+    if settings.eci_pay_auth is None:
+        raise SettingsInvalid(("ECI_PAY_AUTH: must be `on` or `off`, unless `eci-pay serve` starts the server",))
     configure_logs(settings.log_level, settings.eci_pay_log_format)
 
     @asynccontextmanager

@@ -1,6 +1,5 @@
 """Reads request bodies and headers into validated requests."""
 
-from collections.abc import Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -25,11 +24,11 @@ async def read_body(request: Request, model: type[_Model]) -> _Model:
 
 def read_query(request: Request) -> ListRequest:
     """The query string as a validated request; raises ValidationFailed, for repeated names too."""
-    items = request.query_params.multi_items()
-    fields: Mapping[str, str] = dict(items)
-    for name in fields:
-        if sum(1 for other, _ in items if other == name) > 1:
+    fields: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in fields:
             raise ValidationFailed.of(name, "is given more than once")
+        fields[name] = value
     return parse_request(ListRequest, fields)
 
 

@@ -74,6 +74,8 @@ class Connections:
             for connection in list(self._open):
                 try:
                     connection.check(now)
+                    if self._is_full:
+                        connection.make_room()
                 except Exception:
                     _log.exception("a connection cannot be watched")
                     connection.cut()
@@ -264,6 +266,15 @@ class Connection(HttpToolsProtocol):
                 self.cut()
         elif self._awaited_since is not None and not self._is_refused and now - self._awaited_since > timeout:
             self._time_out(now)
+
+    def make_room(self) -> None:
+        """Ends the connection if it has been kept without a request for as long as one may be awaited at most, for all
+        places are taken: else they could be held for next to nothing."""
+        kept = self.timeout_keep_alive_task
+        if kept is None or self._open or self._is_answer_owed():
+            return
+        if kept.when() - self.loop.time() < self.timeout_keep_alive - self._connections.timeout_seconds:
+            self.end()
 
     def _time_out(self, now: float) -> None:
         if self.flow.read_paused:

@@ -26,12 +26,14 @@ MULTIPROCESS_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def run_server(settings: Settings, *, host: str, port: int, workers: int) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes the requests that have begun.
+    """Serves until SIGTERM or SIGINT, then finishes the requests that have begun. `check_access` comes first.
 
     uvicorn raises the signal again after it has shut down; the handler turns that into an ordinary end, at which
     the embedded database is let go.
     """
     allow_open_files(settings)
+    if settings.eci_pay_auth is None:
+        os.environ["ECI_PAY_AUTH"] = "off"  # for the workers, who do not know the address
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     with _common_figures(workers):
         uvicorn.run(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eci_pay.access import Scope
-from eci_pay.errors import RateLimited
+from eci_pay.errors import RateLimited, Unavailable
 from eci_pay.logs import LogFormat
 from eci_pay.rate_limit import BURST_SECONDS, RateLimit
 from eci_pay.service import PaymentService
@@ -302,18 +302,61 @@ def test_no_stretch_of_time_has_more_requests_than_the_rate_and_a_burst(per_seco
             assert last - first + 1 <= burst + (taken[last] - taken[first]) * per_second + 1e-6
 
 
+async def locked_out(books: Books, part: str) -> int:
+    """How many statements with this part wait for a lock. Within a transaction PostgreSQL itself looks once."""
+    await books.rows("SELECT pg_stat_clear_snapshot()")
+    waiting = "wait_event_type = 'Lock' AND datname = current_database() AND strpos(query, %s) > 0"
+    number: int = await books.value(f"SELECT count(*) FROM pg_stat_activity WHERE {waiting}", part)
+    return number
+
+
 async def test_requests_that_come_at_once_look_a_key_up_once(service: PaymentService, books: Books) -> None:
     _, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
     async with books.connection.transaction():
         await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
         asked = [asyncio.create_task(service.api_keys.caller(token)) for _ in range(50)]
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-        await until(lambda: books.value(waiting))
-        assert await books.value(waiting) == 1
+        await until(lambda: locked_out(books, "FROM api_keys"))
+        assert await locked_out(books, "FROM api_keys") == 1
     callers = await asyncio.gather(*asked)
     assert {caller.name for caller in callers} == {"a"}
+
+
+async def test_who_asks_for_health_takes_one_connection_of_those_that_charges_need(
+    api: httpx.AsyncClient, books: Books
+) -> None:
+    async with books.connection.transaction():
+        await books.rows("LOCK TABLE payments IN ACCESS EXCLUSIVE MODE")
+        asked = [asyncio.create_task(api.get("/health/ready")) for _ in range(50)]
+        await until(lambda: locked_out(books, "is_read_only"))
+        assert (await api.get("/health")).status_code == 200
+        assert await locked_out(books, "is_read_only") == 1
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+
+
+async def test_who_tries_many_keys_does_not_make_others_wait(opened: Opener, books: Books) -> None:
+    async with opened(eci_pay_lock_timeout_seconds=0.2) as service:
+        unknown = [f"ecipay_{number:012}_{'A' * 43}" for number in range(100)]
+        async with books.connection.transaction():
+            await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
+            async with asyncio.timeout(5):
+                asked = [service.api_keys.caller(token) for token in unknown]
+                answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(answer, Unavailable) for answer in answers)
+        _, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
+        assert (await service.api_keys.caller(token)).name == "a"
+
+
+async def test_a_revoked_key_lets_nobody_in_while_keys_cannot_be_looked_up(
+    opened: Opener, settings: Settings, books: Books
+) -> None:
+    async with opened(eci_pay_lock_timeout_seconds=0.2) as service, client_of(settings, opening(service)) as api:
+        key, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
+        assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 200
+        await service.api_keys.revoke(key.key_id)
+        async with books.connection.transaction():
+            await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
+            assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 503
+        assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 401
 
 
 async def test_the_document_says_which_scope_each_operation_wants(api: httpx.AsyncClient) -> None:

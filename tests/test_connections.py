@@ -358,6 +358,17 @@ async def test_connections_beyond_the_limit_are_told_503_and_the_others_notice_n
         await until(lambda: is_taken(crowded))
 
 
+async def test_idle_connections_hold_their_places_no_longer_than_silent_ones_once_all_are_taken(
+    settings: Settings, service: PaymentService
+) -> None:
+    few = {"eci_pay_connections_max": 1, "eci_pay_read_timeout_seconds": TIMEOUT_SECONDS}
+    async with client_of(settings.model_copy(update=few), opening(service)) as api, connected(api) as idle:
+        await idle.send(HEALTH)
+        assert (await idle.answer()).status == 200
+        await until(lambda: is_taken(api))
+        assert await idle.is_closed()
+
+
 async def is_taken(api: httpx.AsyncClient) -> bool:
     """Whether a new connection is served."""
     async with connected(api) as client:

@@ -121,6 +121,7 @@ def test_a_terminal_gets_lines_for_people_and_everything_else_json(
 def test_the_setting_decides_for_commands_and_servers(
     monkeypatch: pytest.MonkeyPatch, begin: Callable[[], object]
 ) -> None:
+    monkeypatch.setenv("ECI_PAY_AUTH", "on")
     for log_format, starts in (("console", "20"), ("json", "{"), ("", "{")):
         monkeypatch.setenv("ECI_PAY_LOG_FORMAT", log_format)
         with logged("auto") as lines:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request as HttpRequest
 
 from eci_pay import errors
 from eci_pay.bulk_files import BulkKind, read_bulk_file
@@ -36,6 +37,7 @@ from eci_pay.requests import (
 )
 from eci_pay.settlement_file import COLUMNS, copy_lines
 from eci_pay.table_files import TableFile
+from server.bodies import read_query
 
 SECONDS_MAX = 1.0
 """For one call, on a machine that has other work too."""
@@ -206,6 +208,14 @@ NASTY = (
     " ",
     "9",
 )
+
+
+def test_no_query_takes_long_to_read() -> None:
+    query = "&".join(f"{number:x}" for number in range(20_000)).encode()
+    began = time.perf_counter()
+    with pytest.raises(errors.ValidationFailed):
+        read_query(HttpRequest({"type": "http", "query_string": query, "headers": []}))
+    assert time.perf_counter() - began < SECONDS_MAX
 
 
 @pytest.mark.parametrize("unit", [*NASTY, *(one + other for one in NASTY for other in NASTY if one < other)])

@@ -17,6 +17,8 @@ import psutil
 import psycopg
 import pytest
 
+from eci_pay.errors import SettingsInvalid
+from server.app import create_app
 from tests.support import Books, CommandLine, ManualClock, RecordingGateway, charge_fields, until
 
 TIMEOUT_SECONDS = 15
@@ -297,3 +299,9 @@ async def test_only_on_loopback_may_access_go_without_a_word_be_uncontrolled(com
         async with serving(daring, host="0.0.0.0") as server, server.client() as client:
             assert (await client.get("/v1/payments")).status_code == status
             assert any("access is not controlled" in line for line in server.log) == (auth == "off")
+
+
+def test_under_another_server_it_must_be_said_who_may_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECI_PAY_AUTH", "")
+    with pytest.raises(SettingsInvalid, match="ECI_PAY_AUTH"):
+        create_app()

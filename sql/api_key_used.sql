@@ -1,5 +1,0 @@
--- Notes that an API key is used; whoever comes second in the same moment need not wait.
-UPDATE api_keys SET last_used_at = %(at)s::timestamptz
-WHERE api_key_id IN (
-    SELECT api_key_id FROM api_keys WHERE key_id = %(key_id)s::text FOR NO KEY UPDATE SKIP LOCKED
-)
