@@ -263,6 +263,14 @@ def test_a_pooler_in_transaction_mode_carries_what_the_servers_prepare() -> None
     assert int(pgbouncer["parameters"]["max_prepared_statements"]) >= statements
 
 
+def test_the_pooler_finds_a_new_primary_as_soon_as_the_runbook_says() -> None:
+    runbook = (ROOT / "docs" / "OPERATIONS.md").read_text(encoding="utf-8").partition("### Behind PgBouncer")[2]
+    told = dict(re.findall(r"^(\w+) = (\d+)", runbook.partition("[pgbouncer]")[2].partition("```")[0], re.MULTILINE))
+    parameters = one(HA, "Pooler", "payment-db-pooler")["spec"]["pgbouncer"]["parameters"]
+    for name in ("server_login_retry", "server_connect_timeout", "query_wait_timeout", "max_prepared_statements"):
+        assert parameters[name] == told[name]
+
+
 def test_the_role_has_the_bounds_that_a_pooler_drops() -> None:
     settings = settings_of(HA)
     made = one(HA, "Cluster", "payment-db")["spec"]["bootstrap"]["initdb"]["postInitSQL"]
