@@ -37,8 +37,9 @@ ENV PATH=/opt/eci-pay/bin:${PATH} \
 # By number, so that an orchestrator can tell that it is not root.
 USER 10001:10001
 EXPOSE 8006
-# Alive, not ready: a database that is away is no reason to replace the container.
+# Alive, not ready: a database that is away is no reason to replace the container. Engines give containers the proxy of
+# their user, which is not asked for this one.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8006/health/live', timeout=2)"]
+    CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8006/health/live', timeout=2)"]
 ENTRYPOINT ["eci-pay"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8006"]

@@ -57,10 +57,13 @@ async def why_unbound(connection: Connection, role: str) -> str | None:
     """Why privileges do not bind the role, as a phrase about it; None where they do."""
     (found,) = await fetch(connection, "role", {"relations": list(NEEDED), "role": role})
     if found["is_superuser"]:
-        return "is a superuser"
+        return "is a superuser, or may act as one"
     if found["is_owner"]:
         return "owns the tables, or may act as the role that does"
-    return "may make roles, and so may act as others" if found["makes_roles"] else None
+    if found["makes_roles"]:
+        return "may make roles, and so may act as others"
+    # PostgreSQL's manual on predefined roles: with these a superuser's rights can be had.
+    return "may replicate, or use the server's files and programs" if found["passes_by"] else None
 
 
 async def check_bound(connection: Connection, role: str) -> None:

@@ -1,7 +1,13 @@
 -- What a role may do with our tables and their sequences, with the schema and the database, held against what it needs:
 -- whether by itself, through PUBLIC or through roles that it is a member of; and whether PUBLIC may do anything with a
--- table. What does not exist is the schema's fault.
-WITH needed AS (
+-- table. What it inherits from nobody but may have by SET ROLE is too much, and does not help. What does not exist is
+-- the schema's fault.
+WITH member AS (
+    SELECT oid, rolname = %(role)s::name AS is_itself
+    FROM pg_roles
+    WHERE pg_has_role(%(role)s::name, oid, 'MEMBER')
+),
+needed AS (
     SELECT to_regclass(name) AS relation, string_to_array(privileges, ', ') AS privileges
     FROM unnest(%(relations)s::text[], %(privileges)s::text[]) AS n (name, privileges)
 ),
@@ -40,22 +46,27 @@ object AS (
 ),
 compared AS (
     SELECT kind, name, is_public, privilege, n, privilege = ANY (privileges) AS is_needed,
-           CASE kind
-               WHEN 'SEQUENCE' THEN has_sequence_privilege(%(role)s::name, oid, privilege)
-               WHEN 'SCHEMA' THEN has_schema_privilege(%(role)s::name, oid, privilege)
-               WHEN 'DATABASE' THEN has_database_privilege(%(role)s::name, oid, privilege)
-               ELSE has_table_privilege(%(role)s::name, oid, privilege)
-                    OR (privilege = ANY ('{SELECT,INSERT,UPDATE,REFERENCES}') AND NOT privilege = ANY (privileges)
-                        AND has_any_column_privilege(%(role)s::name, oid, privilege))
-           END AS is_held
+           bool_or(is_held) FILTER (WHERE is_itself) AS is_held, bool_or(is_held) AS is_in_reach
     FROM object
     CROSS JOIN unnest(known) WITH ORDINALITY AS p (privilege, n)
+    CROSS JOIN member
+    CROSS JOIN LATERAL (
+        SELECT CASE kind
+            WHEN 'SEQUENCE' THEN has_sequence_privilege(member.oid, object.oid, privilege)
+            WHEN 'SCHEMA' THEN has_schema_privilege(member.oid, object.oid, privilege)
+            WHEN 'DATABASE' THEN has_database_privilege(member.oid, object.oid, privilege)
+            ELSE has_table_privilege(member.oid, object.oid, privilege)
+                 OR (privilege = ANY ('{SELECT,INSERT,UPDATE,REFERENCES}') AND NOT privilege = ANY (privileges)
+                     AND has_any_column_privilege(member.oid, object.oid, privilege))
+        END
+    ) AS h (is_held)
+    GROUP BY kind, name, is_public, privilege, n, privileges
 )
 SELECT kind, name, is_public,
        string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_needed) AS needed,
        string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_needed AND NOT is_held) AS lacking,
-       string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_held AND NOT is_needed) AS excess
+       string_agg(privilege, ', ' ORDER BY n) FILTER (WHERE is_in_reach AND NOT is_needed) AS excess
 FROM compared
 GROUP BY kind, name, is_public
-HAVING bool_or(is_needed <> is_held) OR is_public
+HAVING bool_or(is_needed AND NOT is_held OR is_in_reach AND NOT is_needed) OR is_public
 ORDER BY kind, name

@@ -1,5 +1,8 @@
--- What a role may do beyond all privileges; no row where there is no such role.
-SELECT r.rolsuper AS is_superuser, r.rolcreaterole AS makes_roles,
+-- What a role may do beyond all privileges, by itself or by SET ROLE; no row where there is no such role.
+SELECT bool_or(m.rolsuper) AS is_superuser, bool_or(m.rolcreaterole) AS makes_roles,
+       bool_or(
+           m.rolreplication OR m.rolname = ANY ('{pg_execute_server_program,pg_read_server_files,pg_write_server_files}')
+       ) AS passes_by,
        EXISTS (
            SELECT
            FROM unnest(%(relations)s::text[]) AS n (name)
@@ -8,4 +11,6 @@ SELECT r.rolsuper AS is_superuser, r.rolcreaterole AS makes_roles,
        ) AS is_owner,
        pg_has_role(r.oid, current_user, 'MEMBER') AS may_act_as_us
 FROM pg_roles r
+JOIN pg_roles m ON pg_has_role(r.oid, m.oid, 'MEMBER')
 WHERE r.rolname = %(role)s::name
+GROUP BY r.oid

@@ -263,6 +263,14 @@ def test_a_pooler_in_transaction_mode_carries_what_the_servers_prepare() -> None
     assert int(pgbouncer["parameters"]["max_prepared_statements"]) >= statements
 
 
+def test_the_pooler_finds_a_new_primary_as_soon_as_the_runbook_says() -> None:
+    runbook = (ROOT / "docs" / "OPERATIONS.md").read_text(encoding="utf-8").partition("### Behind PgBouncer")[2]
+    told = dict(re.findall(r"^(\w+) = (\d+)", runbook.partition("[pgbouncer]")[2].partition("```")[0], re.MULTILINE))
+    parameters = one(HA, "Pooler", "payment-db-pooler")["spec"]["pgbouncer"]["parameters"]
+    for name in ("server_login_retry", "server_connect_timeout", "query_wait_timeout", "max_prepared_statements"):
+        assert parameters[name] == told[name]
+
+
 def test_the_role_has_the_bounds_that_a_pooler_drops() -> None:
     settings = settings_of(HA)
     made = one(HA, "Cluster", "payment-db")["spec"]["bootstrap"]["initdb"]["postInitSQL"]
@@ -326,7 +334,9 @@ def test_a_server_runs_as_the_images_user_and_may_write_under_tmp(kustomization:
 # Who may talk to whom.
 
 SERVER, MIGRATION, DATABASE = {"app": "payment-service"}, {"app": "payment-migrate"}, {"app": "payment-db"}
-POOLER, CLUSTER = {"cnpg.io/poolerName": "payment-db-pooler"}, {"cnpg.io/cluster": "payment-db"}
+# As CloudNativePG labels them: a pooler's pods have their cluster's name, too.
+CLUSTER = {"cnpg.io/cluster": "payment-db", "cnpg.io/podRole": "instance"}
+POOLER = {"cnpg.io/poolerName": "payment-db-pooler", "cnpg.io/cluster": "payment-db", "cnpg.io/podRole": "pooler"}
 ORDER_SERVICE, CHECKOUT = {"app": "order-service"}, {"app": "checkout"}
 OURS, KUBE_SYSTEM, MONITORING, OPERATOR, ELSEWHERE = "ours", "kube-system", "monitoring", "cnpg-system", "elsewhere"
 INTERNET = "203.0.113.7"
@@ -352,7 +362,10 @@ def selects(selector: Object, labels: dict[str, str]) -> bool:
 def is_meant(peer: Object, who: Pod | str) -> bool:
     """Whether a rule's `from` or `to` means this pod, or this address."""
     if isinstance(who, str):
-        return "ipBlock" in peer and ipaddress.ip_address(who) in ipaddress.ip_network(peer["ipBlock"]["cidr"])
+        block = peer.get("ipBlock", {"cidr": "0.0.0.0/32"})
+        address = ipaddress.ip_address(who)
+        exceptions = [ipaddress.ip_network(network) for network in block.get("except", ())]
+        return address in ipaddress.ip_network(block["cidr"]) and not any(address in each for each in exceptions)
     namespace, labels = who
     if "ipBlock" in peer:
         return False
@@ -424,6 +437,20 @@ def test_nobody_else_reaches_anything(kustomization: str) -> None:
         assert not may_connect(kustomization, source, target, port), (source, target, port)
     strangers = may_connect(kustomization, (ELSEWHERE, CHECKOUT), (OURS, SERVER), 8006)
     assert strangers == (kustomization == MINIKUBE)  # as the port of the node
+
+
+def test_the_way_out_to_stripe_that_stands_ready_leads_to_no_private_network() -> None:
+    text = (ROOT / BASE / "network-policies.yaml").read_text(encoding="utf-8")
+    opened = list(yaml.safe_load_all(re.sub(r"^    # (- to:|  )", r"    \1", text, flags=re.MULTILINE)))
+    for policy in opened:
+        check(policy, NEWEST)
+    leads_to = [
+        (address, port)
+        for address in (INTERNET, "10.0.0.7", "169.254.169.254", "192.168.1.1")
+        for port in (80, 443, 5432)
+        if is_let(opened, "Egress", (OURS, SERVER), address, port)
+    ]
+    assert leads_to == [(INTERNET, 443)]
 
 
 def test_the_databases_servers_reach_each_other_and_are_reached_by_their_operator() -> None:

@@ -79,6 +79,12 @@ async def migrate(upgrade: Upgrade) -> None:
     assert (migrated.exit_code, migrated.stderr) == (0, "")
 
 
+def as_service(upgrade: Upgrade) -> CommandLine:
+    """The release before, as the role to which this one has granted what it needs."""
+    served = {"DATABASE_URL": upgrade.new.environment["DATABASE_URL"]}
+    return replace(upgrade.old, environment={**upgrade.old.environment, **served})
+
+
 def money(answer: httpx.Response) -> tuple[object, ...]:
     """What an answer says of a payment; a newer release may say more."""
     body = answer.json()
@@ -137,11 +143,11 @@ async def test_two_releases_serve_the_same_books_at_once(
             number = len(steadily)
             await until(lambda: asyncio.sleep(0, len(steadily) > number + 10))
         assert names(steadily) == Counter({"201": len(steadily)})
-        async with serving(upgrade.new) as after, serving(upgrade.old) as restarted:
+        async with serving(upgrade.new) as after, serving(as_service(upgrade)) as restarted:
             for name in newer:
                 assert any(f"{name}: the schema is newer than this release" in line for line in restarted.log)
-            async with after.client() as new:
-                for one, other in permutations((old, new)):
+            async with after.client() as new, restarted.client() as granted:
+                for one, other in (*permutations((old, new)), (granted, new)):
                     await exchange(one, other, orders)
                 await race(old, new, orders)
                 pages = [(await client.get("/v1/payments", params={"page_size": 100})).json() for client in (old, new)]
@@ -257,6 +263,5 @@ async def test_the_commands_of_two_releases_go_on_with_each_others_work(upgrade:
         assert (done.exit_code, repeated.exit_code) == (0, 0)
         assert "replayed" in repeated.stdout
     assert await upgrade.books.value("SELECT sum(refunded_amount)::text FROM payments") == "60.00"
-    served = {**upgrade.old.environment, "DATABASE_URL": upgrade.new.environment["DATABASE_URL"]}
-    diagnosis = await replace(upgrade.old, environment=served).run("doctor", "--json")
+    diagnosis = await as_service(upgrade).run("doctor", "--json")
     assert [each for each in diagnosis.json["findings"] if each["verdict"] == "fault"] == []

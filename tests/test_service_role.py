@@ -13,6 +13,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from eci_pay.errors import MigrationError
 from eci_pay.migrations import bundled_migrations, check_schema, migrate, privilege_changes
 from eci_pay.privileges import NEEDED
 from tests.support import Books, CommandLine
@@ -208,6 +209,46 @@ async def test_what_comes_with_another_role_cannot_be_taken_away_and_is_told(rol
             await migrate(roles.owner_url, bundled_migrations(), service_role=roles.service)
     finally:
         await query(roles.owner_url, f"REVOKE ALL ON refunds FROM {group}")
+        await books.rows(f"DROP ROLE {group}")
+
+
+@pytest.mark.parametrize(
+    ("grant", "words"),
+    [
+        ("GRANT {superuser} TO {role}", "is a superuser, or may act as one"),
+        ("GRANT pg_execute_server_program TO {role}", "use the server's files and programs"),
+        ("ALTER ROLE {role} REPLICATION", "may replicate"),
+    ],
+)
+async def test_a_role_that_could_pass_privileges_by_is_refused(
+    roles: Roles, books: Books, as_service: CommandLine, grant: str, words: str
+) -> None:
+    await migrate(roles.owner_url, bundled_migrations(), service_role=roles.service)
+    await books.rows(f"ALTER ROLE {roles.quoted} NOINHERIT")
+    await books.rows(grant.format(role=roles.quoted, superuser=await books.value("SELECT quote_ident(current_user)")))
+    with pytest.raises(MigrationError, match=words):
+        await migrate(roles.owner_url, bundled_migrations(), service_role=roles.service)
+    diagnosis = (await as_service.run("doctor", "--json")).json["findings"]
+    (powers,) = [each for each in diagnosis if each["check"] == "powers"]
+    assert (powers["verdict"], words in powers["message"]) == ("warning", True)
+
+
+async def test_what_a_role_may_have_by_set_role_is_too_much_and_does_not_help(roles: Roles, books: Books) -> None:
+    await migrate(roles.owner_url, bundled_migrations(), service_role=roles.service)
+    group = f"eci_pay_group_{os.getpid()}"
+    await books.rows(f"CREATE ROLE {group}")
+    await books.rows(f"ALTER ROLE {roles.quoted} NOINHERIT")
+    await books.rows(f"GRANT {group} TO {roles.quoted}")
+    try:
+        await query(roles.owner_url, f"GRANT INSERT ON refunds TO {group}")
+        await query(roles.owner_url, f"REVOKE INSERT ON refunds FROM {roles.quoted}")
+        changes = await privilege_changes(roles.owner_url, roles.service)
+        assert f"GRANT SELECT, INSERT, UPDATE ON TABLE refunds TO {roles.quoted}" in changes
+        await query(roles.owner_url, f"GRANT UPDATE ON transactions TO {group}")
+        with pytest.raises(MigrationError, match="still may UPDATE on TABLE transactions"):
+            await migrate(roles.owner_url, bundled_migrations(), service_role=roles.service)
+    finally:
+        await query(roles.owner_url, f"REVOKE ALL ON refunds, transactions FROM {group}")
         await books.rows(f"DROP ROLE {group}")
 
 
