@@ -85,7 +85,9 @@ def list_keys(as_json: JsonOption = False) -> None:
 
 @api_key.command(epilog="Example: eci-pay api-key revoke 3f9a0c2b7d1e")
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="KEY", help="As `api-key list` shows it.")],
+    key_id: Annotated[
+        str, typer.Argument(metavar="KEY", help="Its id, as `api-key list` shows it, or the key itself.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """End a key, for good."""

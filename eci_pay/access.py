@@ -174,8 +174,10 @@ class ApiKeys:
         return tuple(ApiKey.of_row(row) for row in await self._database.read("api_keys_list"))
 
     async def revoke(self, key_id: str) -> ApiKey:
-        """Ends a key for good; a second time changes nothing. Servers notice when what they remember ends. Raises
-        ApiKeyNotFound."""
+        """Ends a key for good, by its id or by itself, as it is found where it got out; a second time changes nothing.
+        Servers notice when what they remember ends. Raises ApiKeyNotFound."""
+        if whole := _TOKEN.fullmatch(key_id):
+            key_id = whole["key_id"]
         params = {"key_id": key_id, "at": self._clock(), "revoked_by": current_actor()}
         rows = await self._database.fetch("api_key_revoke", params)
         if not rows:

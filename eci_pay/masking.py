@@ -101,7 +101,9 @@ def is_plain(event: Mapping[str, Any]) -> bool:
 
 @lru_cache(4096)
 def _is_plain(text: str) -> bool:
-    return _HEX_ID.fullmatch(text) is not None or _SUSPICIOUS.search(text.lower()) is None
+    if _HEX_ID.fullmatch(text) is not None or _SUSPICIOUS.search(text.lower()) is None:
+        return True
+    return masked_text(text) == text  # a caller may be named mobile-app, and its lines should not cost more than others
 
 
 @lru_cache(256)

@@ -401,7 +401,7 @@ async def test_create_prints_the_key_alone_and_list_never_again(
 
 async def test_a_revoked_key_says_so_and_a_second_time_changes_nothing(command_line: CommandLine, key_id: str) -> None:
     first = await command_line.run("api-key", "revoke", key_id, "--json")
-    second = await command_line.run("api-key", "revoke", key_id, "--json")
+    second = await command_line.run("api-key", "revoke", f"ecipay_{key_id}_{'A' * 43}", "--json")
     assert first.json["state"] == second.json["state"] == "revoked"
     assert first.json["revoked_at"] == second.json["revoked_at"]
     assert first.json["revoked_by"].startswith("operator:")
