@@ -245,6 +245,7 @@ class ApiKeys:
         except Exception as error:
             for secret_hash in key_ids:
                 self._asked[secret_hash].set_exception(apart(error))
+                self._asked[secret_hash].exception()  # whoever asked may have gone
         finally:
             for secret_hash in key_ids:
                 self._asked.pop(secret_hash).cancel()  # which changes nothing, but where the look was broken off
