@@ -4,7 +4,9 @@ says who it was."""
 import asyncio
 import json
 import re
+import time
 from datetime import UTC, datetime, timedelta
+from statistics import median
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eci_pay.access import Scope
-from eci_pay.errors import RateLimited, Unavailable
+from eci_pay.errors import RateLimited, Unauthorized, Unavailable
 from eci_pay.logs import LogFormat
 from eci_pay.rate_limit import BURST_SECONDS, RateLimit
 from eci_pay.service import PaymentService
@@ -36,7 +38,10 @@ GUARDED = {
 }
 EVERYBODY = ["/health", "/health/live", "/health/startup", "/health/ready", "/openapi.json", "/docs"]
 INVALID, NOT_FOUND = 2, 4
-UNGUESSED = f"ecipay_{'0' * 12}_{'A' * 43}"
+SECRET = "A" * 43
+UNGUESSED = f"ecipay_{'0' * 12}_{SECRET}"
+GUESSES = 150
+"""Of each kind, taken in turns: what the machine does besides slows all kinds alike."""
 
 
 @pytest.fixture
@@ -357,6 +362,30 @@ async def test_a_revoked_key_lets_nobody_in_while_keys_cannot_be_looked_up(
             await books.rows("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE")
             assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 503
         assert (await api.get("/v1/payments", headers=bearer(token))).status_code == 401
+
+
+async def test_how_long_a_key_is_looked_at_tells_nothing_of_it(service: PaymentService) -> None:
+    _, token = await service.api_keys.create(name="a", scopes=[Scope.READ])
+    body = token[: -len(SECRET)]
+
+    def with_other(place: int) -> str:
+        return token[:place] + ("A" if token[place] != "A" else "B") + token[place + 1 :]
+
+    guesses = {
+        "nothing is right": UNGUESSED,
+        "its id is right": body + SECRET,
+        "but for its first character": with_other(len(body)),
+        "but for its last character": with_other(len(token) - 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in guesses}
+    for _ in range(GUESSES):
+        for name, guess in guesses.items():
+            started = time.perf_counter()
+            with pytest.raises(Unauthorized, match="no such API key"):
+                await service.api_keys.caller(guess)
+            seconds[name].append(time.perf_counter() - started)
+    medians = [median(each) for each in seconds.values()]
+    assert max(medians) < 1.5 * min(medians), {name: median(each) for name, each in seconds.items()}
 
 
 async def test_the_document_says_which_scope_each_operation_wants(api: httpx.AsyncClient) -> None:

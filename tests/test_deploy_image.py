@@ -92,6 +92,10 @@ async def running(
     try:
         yield process
     finally:
+        # To become another user lets --kill-child be forgotten.
+        with suppress(psutil.NoSuchProcess):
+            for inside in psutil.Process(process.pid).children(recursive=True):
+                inside.kill()
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
