@@ -19,8 +19,6 @@ from eci_pay.embedded import CLUSTER
 from tests.support import CommandLine, until
 from tests.test_serving import SLOW_AMOUNT, all_ended, begun_over_http, charge, serving
 
-pytestmark = pytest.mark.xdist_group("embedded")
-
 CHARGE = ("charge", "--user-id", "7", "--amount", "100.00", "--method", "UPI", "--json")
 REFUND = ("--amount", "10.00", "--reason", "Damaged in transit", "--yes", "--json")
 

@@ -788,7 +788,6 @@ def stripe_command_line(command_line: CommandLine, line: Proxy, tmp_path: Path) 
     return CommandLine({**command_line.environment, **stripe_settings}, tmp_path)
 
 
-@pytest.mark.xdist_group("localstripe")
 @pytest.mark.parametrize(("token", "status"), [(VISA, "COMPLETED"), (DECLINED_CARD, "FAILED")])
 async def test_a_charge_whose_answer_was_lost_is_settled_by_localstripes_own_webhook(
     stripe_command_line: CommandLine, books: Books, account: LocalStripe, line: Proxy, *, token: str, status: str
@@ -815,7 +814,6 @@ async def test_a_charge_whose_answer_was_lost_is_settled_by_localstripes_own_web
         assert hidden not in log
 
 
-@pytest.mark.xdist_group("localstripe")
 async def test_localstripes_webhook_for_what_was_answered_changes_nothing_and_one_with_another_secret_is_refused(
     stripe_command_line: CommandLine, books: Books, account: LocalStripe
 ) -> None:

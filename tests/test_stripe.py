@@ -63,8 +63,6 @@ from tests.test_recovery import (
 )
 from tests.test_serving import charge, serving
 
-pytestmark = pytest.mark.xdist_group("localstripe")
-
 UNKNOWN_TOKEN = "pm_0nobodyKnowsThisOne"
 SHORT_SECONDS = 0.5
 """How long an answer is waited for that is not to come."""

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.faults.__main__ import shuffled
 from tests.faults.mortal import POINTS
 from tests.faults.storm import Storm
-
-pytestmark = pytest.mark.xdist_group("faults")
 
 SECONDS = 12.0
 OFTEN_PASSED = {
