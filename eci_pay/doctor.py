@@ -265,7 +265,7 @@ def _access(auth: str | None, keys: tuple[ApiKey, ...], now: datetime) -> Iterat
         message = f"the last API key of {name} expires within {KEY_ENDS_SOON.days} days"
         yield _warning("access", message, f"make another: `eci-pay api-key create {name}`, and hand it over")
     if ending <= lasting:
-        yield _ok("access", f"{len(active):,} API keys may be used")
+        yield _ok("access", f"{len(active):,} API {'key' if len(active) == 1 else 'keys'} may be used")
 
 
 def _keys(expired: int) -> Finding:
