@@ -20,7 +20,7 @@ from psycopg import sql
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from eci_pay import privileges
-from eci_pay.database import Connection, connect, first_line
+from eci_pay.database import Connection, connect, fetch, first_line
 from eci_pay.errors import MigrationError, SchemaOutdated, Unavailable
 from eci_pay.statements import statement
 
@@ -156,6 +156,7 @@ async def load_sample_data(url: str) -> int:
         if row is not None and row["taken"]:
             raise MigrationError("sample data is only loaded into an empty database, and this one has payments")
         await connection.execute(statement("sample_data"))
+        await fetch(connection, "totals_recount", {"notes": True})
         cursor = await connection.execute(b"SELECT count(*) AS loaded FROM payments")
         row = await cursor.fetchone()
         return 0 if row is None else int(row["loaded"])

@@ -78,16 +78,3 @@ WHERE s.transaction_type = 'PAYMENT'
    OR (s.step = 3 AND p.refunded_amount > 0)
    OR (s.step = 4 AND p.refunded_amount > p.refund_pending)
 ORDER BY p.payment_id, s.step;
-
-INSERT INTO total_changes (metric, label, count, amount)
-SELECT 'status', status, count(*), 0 FROM payments GROUP BY status
-UNION ALL
-SELECT 'method', payment_method, count(*), 0 FROM payments GROUP BY payment_method
-UNION ALL
-SELECT 'completed', currency, count(*), sum(amount) FROM payments
-WHERE status IN ('COMPLETED', 'REFUNDED') GROUP BY currency
-UNION ALL
-SELECT 'failed', '', count(*), 0 FROM transactions WHERE transaction_type = 'PAYMENT' AND status = 'FAILED'
-UNION ALL
-SELECT 'refunds', p.currency, count(*), sum(f.amount) FROM refunds f JOIN payments p USING (payment_id)
-WHERE f.status = 'COMPLETED' GROUP BY p.currency;
