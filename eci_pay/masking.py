@@ -87,11 +87,10 @@ _GROUP = re.compile(r"(?<!\\xa)[0-9]+")
 def is_plain(event: Mapping[str, Any]) -> bool:
     """Whether there is nothing to mask, for sure. Nearly every line is, and its texts are the same again and again."""
     for name, value in event.items():
-        kind = type(value)
-        if kind is str:
+        if isinstance(value, str):
             if len(value) > PLAIN_LENGTH_MAX or not _is_plain(value):
                 return False
-        elif kind is int or kind is float:
+        elif isinstance(value, int | float):
             if value >= _LONG_NUMBER and not name.endswith("_id"):
                 return False
         elif value is not None:
