@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg import AsyncConnection, IsolationLevel, errors, sql
+from psycopg import AsyncConnection, AsyncRawCursor, IsolationLevel, errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.numeric import Int8
@@ -27,7 +27,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable, apart
 from eci_pay.instruments import connections_now
 from eci_pay.settings import Settings
-from eci_pay.statements import statement
+from eci_pay.statements import numbered, statement
 
 T = TypeVar("T")
 Row = DictRow
@@ -298,8 +298,12 @@ def _translated(connection: Connection, limit_seconds: float) -> Iterator[None]:
 
 async def fetch(connection: Connection, name: str, params: Params | None = None) -> list[Row]:
     """Runs one named statement on a connection, inside whatever transaction is open on it."""
-    bound = None if params is None else {key: _bound(value) for key, value in params.items()}
-    cursor = await connection.execute(statement(name), bound)
+    cursor = AsyncRawCursor(connection)
+    if params is None:
+        await cursor.execute(statement(name))
+    else:
+        text, names = numbered(name)
+        await cursor.execute(text, [_bound(params[each]) for each in names])
     # Its description would be a list of objects, made for nothing else.
     return await cursor.fetchall() if cursor.pgresult and cursor.pgresult.nfields else []
 

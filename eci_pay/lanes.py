@@ -31,8 +31,10 @@ BACKOFF_MAX_SECONDS = 2.0
 """Between the tries of one delivery."""
 DELAY_JITTER = 0.2
 """By which part the distance between deliveries of a message varies."""
-BOOK_GATHER_SECONDS = 0.02
-"""How long ended deliveries are gathered before they are booked together."""
+BOOK_GATHER_SECONDS = 0.1
+"""How long ended deliveries are gathered before they are booked together, and the next messages leased: each time costs
+two commits, which the charges wait for too. With `1 / BOOKED_PART` of the leases ended, it is time in any case."""
+BOOKED_PART = 4
 BOOK_SECONDS_AT_END_MAX = 10.0
 """How long a lane that stops tries to book what it has delivered; else that is delivered again."""
 PROBES = 10
@@ -76,7 +78,11 @@ class Lane:
         self._wake = asyncio.Event()
         self._leased = 0
         self._sending: set[asyncio.Task[None]] = set()
-        self._ended: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        self._ended: list[Delivery] = []
+        """And not booked yet."""
+        self._any_ended = asyncio.Event()
+        self._many_ended = asyncio.Event()
+        self._all_ended = False
         self._drains = False
         self._started = 0.0
         self._not_booked: Exception | None = None
@@ -85,6 +91,7 @@ class Lane:
         """Lets `run` end soon: no new try is begun."""
         self._stopped.set()
         self._wake.set()
+        self._many_ended.set()
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Delivers until it is stopped or, if so wanted, until nothing is due that could be delivered now.
@@ -108,7 +115,8 @@ class Lane:
             self.stop()
             if self._sending:
                 await asyncio.wait(self._sending)
-            self._ended.put_nowait(None)
+            self._all_ended = True
+            self._any_ended.set()
             await asyncio.wait({booking}, timeout=BOOK_SECONDS_AT_END_MAX)
             if not booking.done():
                 _log.warning("deliveries to %s are not booked: they will be repeated", self._peer.destination)
@@ -185,7 +193,10 @@ class Lane:
                 tried = await self._try(message)
             if tried.outcome is not Outcome.FAILED or tried.retry_after_seconds > self._try_seconds:
                 break
-        self._ended.put_nowait(self._delivery(message, tried))
+        self._ended.append(self._delivery(message, tried))
+        self._any_ended.set()
+        if len(self._ended) >= (self._leased if self._drains else self._leased_max // BOOKED_PART):
+            self._many_ended.set()
 
     def _may_try(self, lease_ends: float, *, first: bool, probe: bool) -> bool:
         """Whether a try may begin: the lease outlasts it, and the peer is not known to be down."""
@@ -229,15 +240,15 @@ class Lane:
 
     async def _book_all(self) -> None:
         """Books deliveries as they end, many at a time, until the lane's end."""
-        ends = False
-        while not ends:
-            batch = [await self._ended.get()]
+        while self._ended or not self._all_ended:
+            await self._any_ended.wait()
             if not self._stopped.is_set():
-                await asyncio.sleep(BOOK_GATHER_SECONDS)
-            while not self._ended.empty():
-                batch.append(self._ended.get_nowait())
-            deliveries = [delivery for delivery in batch if delivery is not None]
-            ends = len(deliveries) < len(batch)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(BOOK_GATHER_SECONDS):
+                        await self._many_ended.wait()
+            deliveries, self._ended = self._ended, []
+            self._any_ended.clear()
+            self._many_ended.clear()
             if deliveries:
                 await self._book(deliveries)
 
