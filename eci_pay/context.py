@@ -2,7 +2,7 @@
 it, the payment it is about, and on whose behalf the books are changed where that is not the customer's."""
 
 import re
-import uuid
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
@@ -72,7 +72,7 @@ def bind_origin(request_id: str | None, traceparent: str | None = None, *, actor
     usable = (
         request_id and len(request_id) <= REQUEST_ID_LENGTH_MAX and request_id.isascii() and request_id.isprintable()
     )
-    bound = request_id if request_id and usable else uuid.uuid4().hex
+    bound = request_id if request_id and usable else secrets.token_hex(16)
     valid = traceparent is not None and _TRACEPARENT.fullmatch(traceparent) is not None
     _origin.set(Origin(bound, traceparent if valid else None, actor))
     return bound

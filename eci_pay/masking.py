@@ -50,7 +50,8 @@ _SUSPICIOUS = re.compile(
 """Finds something in whatever the patterns below do, in lower case."""
 PLAIN_LENGTH_MAX = 200
 """Longer texts are not remembered to be plain."""
-_HEX_ID = re.compile("[0-9a-f]{32}")
+_is_ours = re.compile("[0-9a-f]{32}|/v1/payments/(?:order/)?[0-9]{1,12}(?:/(?:refund|status))?").fullmatch
+"""The id of a request, the path of a payment: what is new with each line, and not worth remembering."""
 
 _QUOTED = r"""\\*"(?:[^"\\]|\\[^"]|\\"(?!\s*[,:}\])]))*(?:\\*"|$)|'(?:[^'\\]|\\.)*(?:'|$)"""
 _NAMED = re.compile(
@@ -88,7 +89,7 @@ def is_plain(event: Mapping[str, Any]) -> bool:
     """Whether there is nothing to mask, for sure. Nearly every line is, and its texts are the same again and again."""
     for name, value in event.items():
         if isinstance(value, str):
-            if len(value) > PLAIN_LENGTH_MAX or not _is_plain(value):
+            if len(value) > PLAIN_LENGTH_MAX or not (_is_ours(value) or _is_plain(value)):
                 return False
         elif isinstance(value, int | float):
             if value >= _LONG_NUMBER and not name.endswith("_id"):
@@ -100,7 +101,7 @@ def is_plain(event: Mapping[str, Any]) -> bool:
 
 @lru_cache(4096)
 def _is_plain(text: str) -> bool:
-    if _HEX_ID.fullmatch(text) is not None or _SUSPICIOUS.search(text.lower()) is None:
+    if _SUSPICIOUS.search(text.lower()) is None:
         return True
     return masked_text(text) == text  # a caller may be named mobile-app, and its lines should not cost more than others
 
