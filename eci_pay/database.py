@@ -20,8 +20,10 @@ import psycopg
 from psycopg import AsyncConnection, AsyncRawCursor, IsolationLevel, errors, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import set_json_loads
 from psycopg.types.numeric import Int8
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from pydantic_core import from_json
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from eci_pay.errors import Busy, ConnectionLost, DatabaseSilent, SchemaOutdated, Unavailable, apart
@@ -51,6 +53,8 @@ READ_TRIES_MAX = 3
 LONG_STATEMENT_SECONDS_MAX = 600.0
 """How long one statement of a long transaction may take."""
 LONG_WORK_MEM = "64MB"
+
+set_json_loads(from_json)  # for the histories of payments: in less than half the time of Python's own
 
 _LONG_LIMITS = (
     f"SELECT set_config('statement_timeout', '{LONG_STATEMENT_SECONDS_MAX:.0f}s', true),"

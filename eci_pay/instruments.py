@@ -5,12 +5,13 @@ figures in files of a common directory then, which `server/run.py` names in the 
 prometheus_client takes as long to import as all else that a command at the terminal does.
 """
 
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import product
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import CollectorRegistry, Histogram
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
@@ -98,22 +99,28 @@ def start_measuring() -> "CollectorRegistry":
     return _instruments.registry
 
 
+@lru_cache(1024)
+def _labelled(histogram: "Histogram", *labels: str | int) -> "Histogram":
+    """prometheus_client makes texts of them each time, under a lock."""
+    return histogram.labels(*labels)
+
+
 def request_answered(method: str, route: str, status: int, seconds: float) -> None:
     """An HTTP request has ended."""
     if _instruments:
-        _instruments.request_seconds.labels(method, route, status).observe(seconds)
+        _labelled(_instruments.request_seconds, method, route, status).observe(seconds)
 
 
 def gateway_answered(operation: str, outcome: str, seconds: float) -> None:
     """The gateway has answered, or has not."""
     if _instruments:
-        _instruments.gateway_seconds.labels(operation, outcome).observe(seconds)
+        _labelled(_instruments.gateway_seconds, operation, outcome).observe(seconds)
 
 
 def batch_begun(kind: str, rows: int) -> None:
     """So many rows share a statement."""
     if _instruments:
-        _instruments.batch_rows.labels(kind).observe(rows)
+        _labelled(_instruments.batch_rows, kind).observe(rows)
 
 
 def rows_waiting(kind: str, rows: int) -> None:

@@ -1,4 +1,4 @@
-"""The database's own limits: how long a lock is waited for, and what is prepared."""
+"""The database's own limits: how long a lock is waited for, what is prepared, and on which connections."""
 
 import asyncio
 
@@ -7,7 +7,16 @@ import pytest
 from eci_pay.errors import Unavailable
 from eci_pay.service import PaymentService
 from tests.rows import paid
-from tests.support import Books, Opener, RecordingGateway, Sessions, charge_request, create_request, refund_request
+from tests.support import (
+    Books,
+    Opener,
+    RecordingGateway,
+    Sessions,
+    charge_request,
+    create_request,
+    refund_request,
+    until,
+)
 
 
 async def test_a_lock_is_waited_for_only_so_long(
@@ -47,3 +56,26 @@ async def test_a_statement_is_prepared_once_whatever_the_size_of_its_integers(op
     texts = [row["statement"] for row in prepared]
     assert any("INSERT INTO refunds" in text for text in texts)
     assert [text[:60] for text in set(texts) if texts.count(text) > 1] == []
+
+
+async def test_one_request_after_another_uses_one_connection(opened: Opener) -> None:
+    """Its server process is warm, and what a peak has left is idle until it is closed."""
+    async with opened(eci_pay_database_pool_size=3) as service:
+        read = service.database.read_text
+
+        async def pids(count: int) -> set[int]:
+            rows = [await read("SELECT pg_backend_pid() AS pid", {}) for _ in range(count)]
+            return {row["pid"] for (row,) in rows}
+
+        async def has_grown() -> bool:
+            (row,) = await read(
+                "SELECT count(*) AS n FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = %(name)s",
+                {"name": "payment-service"},
+            )
+            return bool(row["n"] == 3)
+
+        await asyncio.gather(*(read("SELECT 1 FROM pg_sleep(0.1)", {}) for _ in range(20)))
+        await until(has_grown)
+        await pids(20)  # the last one to be made may come only now
+        assert len(await pids(20)) == 1
