@@ -17,7 +17,7 @@ import pytest
 
 from eci_pay.background import background_tasks
 from eci_pay.errors import Unavailable
-from eci_pay.lanes import Tally
+from eci_pay.lanes import BOOK_GATHER_SECONDS, BOOKED_PART, LEASED_PER_REQUEST_MAX, Tally
 from eci_pay.messages import Destination
 from eci_pay.outbox import PURGE_BATCH_SIZE_MAX
 from eci_pay.relay import Relay, connected_relay
@@ -1237,6 +1237,24 @@ async def test_the_background_tasks_of_a_server_deliver_what_it_changes(
         await until_all(books, "delivered")
     await assert_all_arrived_in_order(books, peers)
     assert peers.repeated() == {}
+
+
+async def test_messages_that_come_one_by_one_are_booked_together(
+    telling: PaymentService, settings: Settings, peers: Peers, books: Books
+) -> None:
+    """Every booking, and the lease after it, costs commits that charges wait for."""
+    update = {**peers.settings(), "eci_pay_relay_poll_seconds": 0.05}
+    begun = time.monotonic()
+    async with background_tasks(settings.model_copy(update=update), telling, relays=True):
+        for order_id in range(1, 201):
+            await paid(telling, order_id)
+        await until_all(books, "delivered")
+    seconds = time.monotonic() - begun
+    for destination in (ORDER, NOTIFICATION):
+        bookings = await books.value(
+            "SELECT count(DISTINCT delivered_at) FROM outbox WHERE destination = %s", destination
+        )
+        assert bookings <= seconds / BOOK_GATHER_SECONDS + 200 * BOOKED_PART / (16 * LEASED_PER_REQUEST_MAX) + 1
 
 
 async def test_a_drain_is_no_faster_than_it_may_be_and_yet_delivers_all(
