@@ -103,10 +103,10 @@ def report(result: dict[str, Any]) -> None:
         f"at half the load the p99 is {p99_ms:.1f} ms, and that of pgbench at the same rate {reference_p99_ms:.1f}: "
         f"the service adds {p99_ms - reference_p99_ms:.1f} (wanted: under 25)"
     )
-    charged = _rate(result["charges"], connections=MANY, workers=1)
     for operation, wanted in (("read", 3), ("replay", 2)):
-        ratio = _rate(result["operations"], operation=operation) / charged
-        print(f"{operation}s are {ratio:.1f} times as many as charges (wanted: {wanted})")
+        figures, charges = (_of(result["operations"], operation=name) for name in (operation, "charge"))
+        ratio = median(each["per_second"] / charge["per_second"] for each, charge in zip(figures, charges, strict=True))
+        print(f"{operation}s are {ratio:.1f} times as many as the charges of the same minute (wanted: {wanted})")
     times = [each["charge_ms"] / each["pair_ms"] for each in result["lone"]]
     print(
         f"a lone charge takes {median(times):.2f} times as long as the reference's pair, by the p50 of each (wanted: "

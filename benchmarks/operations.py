@@ -21,11 +21,12 @@ class Operating(Stage):
     """Measures operations on a database of its own."""
 
     async def over_http(self, connections: int, seconds: int) -> list[dict[str, Any]]:
-        """Charges payments, then measures each operation on them by wrk."""
-        told = []
+        """Charges payments, then measures each operation on them by wrk: the charges too, for what follows them is
+        compared with those of the same minute."""
         with ExitStack() as stack:
             address = stack.enter_context(self.serving())
-            self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
+            charged = self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
+            told = [{"operation": "charge", **charged}]
             await self.execute("VACUUM ANALYZE")
             # Orders and payments up to this number are there: the last of wrk's requests may not have been sent.
             payments = await self.value("SELECT count(*) AS n FROM payments") - CHARGE_CONNECTIONS
