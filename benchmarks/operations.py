@@ -25,7 +25,8 @@ class Operating(Stage):
         compared with those of the same minute."""
         with ExitStack() as stack:
             address = stack.enter_context(self.serving())
-            charged = self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
+            with self.peer(), self.running("relay"):
+                charged = self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
             told = [{"operation": "charge", **charged}]
             await self.execute("VACUUM ANALYZE")
             # Orders and payments up to this number are there: the last of wrk's requests may not have been sent.
