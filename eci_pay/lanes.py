@@ -33,8 +33,7 @@ DELAY_JITTER = 0.2
 """By which part the distance between deliveries of a message varies."""
 BOOK_GATHER_SECONDS = 0.1
 """How long ended deliveries are gathered before they are booked together, and the next messages leased: each time costs
-two commits, which the charges wait for too. With `1 / BOOKED_PART` of the leases ended, it is time in any case."""
-BOOKED_PART = 4
+two commits, which the charges wait for too. What is worth leasing anew is booked at once."""
 BOOK_SECONDS_AT_END_MAX = 10.0
 """How long a lane that stops tries to book what it has delivered; else that is delivered again."""
 PROBES = 10
@@ -70,6 +69,7 @@ class Lane:
         self._delivery_max_seconds = (2 * peer.endpoint.tries_max - 1) * self._try_seconds
         self._lease_seconds = self._delivery_max_seconds + 3 * self._try_seconds + LEASE_MARGIN_SECONDS
         self._leased_max = LEASED_PER_REQUEST_MAX * settings.eci_pay_relay_concurrency
+        self._worth_leasing = self._leased_max // 2
         self._slots = asyncio.Semaphore(settings.eci_pay_relay_concurrency)
         self._breaker = Breaker()
         self._pace = Pace(per_second=settings.eci_pay_relay_messages_per_second_max, burst=self._leased_max)
@@ -126,11 +126,11 @@ class Lane:
             raise self._not_booked
 
     def _wanted(self) -> int:
-        """How many messages are worth leasing: at least half of what may be, or a few to see whether a peer is back."""
+        """How many messages to lease: as many as are worth it, or a few to see whether a peer is back."""
         if not self._breaker.is_closed:
             return 0 if self._leased or self._breaker.wait_seconds else PROBES
         wanted = min(self._leased_max - self._leased, self._pace.available())
-        return wanted if wanted >= self._leased_max // 2 else 0
+        return wanted if wanted >= self._worth_leasing else 0
 
     def _wait_seconds(self, wanted: int) -> float | None:
         """How long until more may be worth leasing; None: until something under way has ended."""
@@ -138,8 +138,8 @@ class Lane:
             return None
         if wanted or not self._breaker.is_closed:
             return self._poll_seconds
-        worth = self._leased_max // 2
-        return self._pace.wait_seconds(worth) if self._leased_max - self._leased >= worth else None
+        is_room = self._leased_max - self._leased >= self._worth_leasing
+        return self._pace.wait_seconds(self._worth_leasing) if is_room else None
 
     async def _wait(self, seconds: float | None) -> None:
         with suppress(TimeoutError):
@@ -195,7 +195,7 @@ class Lane:
                 break
         self._ended.append(self._delivery(message, tried))
         self._any_ended.set()
-        if len(self._ended) >= (self._leased if self._drains else self._leased_max // BOOKED_PART):
+        if len(self._ended) >= (self._leased if self._drains else self._worth_leasing):
             self._many_ended.set()
 
     def _may_try(self, lease_ends: float, *, first: bool, probe: bool) -> bool:
