@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 
 from eci_pay.errors import Unavailable
 from eci_pay.idempotency import EXPIRE_BATCH_SIZE_MAX
@@ -81,7 +82,7 @@ async def _delete_until(
 ) -> None:
     """Deletes what is past its time now and then, a batch at a time."""
     while not stopped.is_set():
-        deleted = 0
+        deleted, started = 0, monotonic()
         try:
             deleted = await delete_batch()
         except Unavailable as error:
@@ -90,10 +91,11 @@ async def _delete_until(
             _log.exception("%s stay for now", what)
         if deleted:
             _log.info("deleted %d %s", deleted, what)
-        if deleted < batch_size_max:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(interval_seconds):
-                    await stopped.wait()
+        # After a full batch as in `deletion.delete_all`, for charges go on.
+        pause_seconds = interval_seconds if deleted < batch_size_max else monotonic() - started
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_seconds):
+                await stopped.wait()
 
 
 async def _add_up_until(stopped: asyncio.Event, service: PaymentService) -> None:

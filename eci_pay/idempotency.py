@@ -13,6 +13,7 @@ from http import HTTPStatus
 
 from eci_pay.answers import Answer
 from eci_pay.database import Connection, Database, Row, fetch
+from eci_pay.deletion import delete_all
 from eci_pay.errors import (
     IdempotencyKeyInFlight,
     IdempotencyKeyInvalid,
@@ -188,13 +189,7 @@ class KeyExpiry:
 
     async def delete(self, on_progress: Callable[[int], None] = lambda _: None) -> int:
         """Deletes them all; tells the running total after each batch, and at the end returns it."""
-        total = 0
-        while True:
-            deleted = await self.delete_batch()
-            total += deleted
-            on_progress(total)
-            if deleted < EXPIRE_BATCH_SIZE_MAX:
-                return total
+        return await delete_all(self.delete_batch, EXPIRE_BATCH_SIZE_MAX, on_progress)
 
     async def delete_batch(self) -> int:
         """Deletes at most `EXPIRE_BATCH_SIZE_MAX`; returns how many."""

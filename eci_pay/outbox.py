@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from eci_pay.batches import settle
 from eci_pay.database import Connection, Database, Row, fetch
+from eci_pay.deletion import delete_all
 from eci_pay.errors import MessageNotFound, Unavailable
 from eci_pay.messages import Destination
 from eci_pay.views import MessagePage, MessageView, OutboxStats, PaymentMessages
@@ -158,12 +159,7 @@ class Outbox:
 
     async def purge(self, older_than: timedelta, *, dead: bool = False) -> int:
         """Deletes all messages delivered, or instead dead, for longer than that, in batches; returns how many."""
-        total = 0
-        while True:
-            deleted = await self._purge(older_than, dead=dead)
-            total += deleted
-            if deleted < PURGE_BATCH_SIZE_MAX:
-                return total
+        return await delete_all(lambda: self._purge(older_than, dead=dead), PURGE_BATCH_SIZE_MAX)
 
     async def _purge(self, older_than: timedelta, *, dead: bool) -> int:
         params = {

@@ -1,6 +1,7 @@
 """Idempotency keys in time, and orders whose payment is taken over by a later charge."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -137,6 +138,29 @@ async def test_expired_keys_are_deleted_in_batches_that_tell_their_progress(
     assert told == [EXPIRE_BATCH_SIZE_MAX, 2 * EXPIRE_BATCH_SIZE_MAX, count]
     assert await service.keys.count() == 0
     assert await books.rows("SELECT idempotency_key FROM idempotency_keys") == [{"idempotency_key": "live"}]
+
+
+async def test_expiry_pauses_as_long_as_it_works(
+    service: PaymentService, books: Books, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Charges go on meanwhile, and wait for the same disk."""
+    await insert_keys(books, clock, 3 * EXPIRE_BATCH_SIZE_MAX)
+    delete_batch = service.keys.delete_batch
+    ends: list[float] = []
+    worked_seconds: list[float] = []
+
+    async def timed() -> int:
+        started = time.monotonic()
+        if ends:
+            assert started - ends[-1] >= worked_seconds[-1]
+        deleted = await delete_batch()
+        worked_seconds.append(time.monotonic() - started)
+        ends.append(time.monotonic())
+        return deleted
+
+    monkeypatch.setattr(service.keys, "delete_batch", timed)
+    assert await service.keys.delete() == 3 * EXPIRE_BATCH_SIZE_MAX
+    assert len(ends) == 4
 
 
 async def test_two_expiries_side_by_side_delete_each_key_once(
