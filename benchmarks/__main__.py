@@ -96,7 +96,7 @@ def report(result: dict[str, Any]) -> None:
     p99_ms, reference_p99_ms = (
         median(each["p99_ms"] for each in result[kind]) for kind in ("half_load", "reference_half_load")
     )
-    for operation in OPERATIONS:
+    for operation in ("charge", *OPERATIONS):
         row(f"{operation}s, {MANY} connections", _of(result["operations"], operation=operation))
 
     print(

@@ -22,11 +22,12 @@ class Operating(Stage):
 
     async def over_http(self, connections: int, seconds: int) -> list[dict[str, Any]]:
         """Charges payments, then measures each operation on them by wrk: the charges too, for what follows them is
-        compared with those of the same minute."""
+        compared with those of the same minute. The relay runs beside all of it."""
         with ExitStack() as stack:
+            stack.enter_context(self.peer())
+            stack.enter_context(self.running("relay"))
             address = stack.enter_context(self.serving())
-            with self.peer(), self.running("relay"):
-                charged = self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
+            charged = self.wrk(address, "charge.lua", seconds=2 * seconds, connections=CHARGE_CONNECTIONS)
             told = [{"operation": "charge", **charged}]
             await self.execute("VACUUM ANALYZE")
             # Orders and payments up to this number are there: the last of wrk's requests may not have been sent.

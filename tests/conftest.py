@@ -216,7 +216,7 @@ async def far(door: Door, opened: Opener) -> AsyncIterator[PaymentService]:
     """The use cases over a connection that the test can break."""
     async with (
         door.opened() as url,
-        opened(url=url, eci_pay_settle_retry_seconds=0.5, eci_pay_database_pool_timeout_seconds=0.5) as service,
+        opened(url=url, eci_pay_settle_retry_seconds=0.5, eci_pay_database_pool_timeout_seconds=2.0) as service,
     ):
         yield service
 
